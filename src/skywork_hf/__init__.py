@@ -1,0 +1,23 @@
+"""Skywork-13B and Skywork-MoE as ordinary transformers models: importing this package is all it takes."""
+
+from importlib.metadata import version
+
+from .configuration_skywork import SkyworkConfig, SkyworkMoeConfig
+from .modeling_skywork import SkyworkForCausalLM, SkyworkForSequenceClassification, SkyworkModel
+from .modeling_skywork_moe import SkyworkMoeForCausalLM, SkyworkMoeModel
+from .registration import register
+from .tokenization_skywork import SkyworkTokenizer
+
+__version__ = version("skywork-hf")
+__all__ = [
+    "SkyworkConfig",
+    "SkyworkForCausalLM",
+    "SkyworkForSequenceClassification",
+    "SkyworkModel",
+    "SkyworkMoeConfig",
+    "SkyworkMoeForCausalLM",
+    "SkyworkMoeModel",
+    "SkyworkTokenizer",
+]
+
+register()

@@ -1,0 +1,87 @@
+"""`skywork-hf demo`: what a user would do with a released checkpoint, on a tiny one that comes with the package."""
+
+from __future__ import annotations
+
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+GOLDEN_LOGITS_TOLERANCE = 2e-5  # two correct float32 implementations were seen to differ by 1e-5
+NEW_TOKENS = 24
+
+
+def tiny_checkpoint() -> Path:
+    """The folder of the bundled checkpoint: Skywork-MoE's released layout, random weights, 2 layers of 16 experts,
+    with outputs of a reference implementation in `golden.safetensors`."""
+    return Path(str(files("skywork_hf") / "assets" / "skywork-moe-tiny"))
+
+
+def run() -> None:
+    """Load, describe, compare, generate.
+
+    Raises:
+        ValueError: the model disagrees with the reference by more than float32 rounding.
+    """
+    checkpoint = tiny_checkpoint()
+    print(f"Loading {checkpoint.name} as any checkpoint: AutoTokenizer, AutoModelForCausalLM, no remote code.")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint)
+    print(describe(model))
+    print(compare_with_reference(model, checkpoint))
+
+    prompt = "陕西的省会是西安"
+    print(f"\nGenerating {NEW_TOKENS} tokens after “{prompt}” (the weights are random: the text means nothing):")
+    model.generate(
+        **tokenizer(prompt, return_tensors="pt"),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        streamer=TextStreamer(tokenizer),
+    )
+
+
+def describe(model: Any) -> str:
+    """What was loaded, in a few lines: classes, shape, parameters in all and at work for a token, size."""
+    config = model.config
+    total = model.num_parameters()
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    active = total - experts + experts * config.num_experts_per_tok // config.num_local_experts
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return "\n".join(
+        [
+            f"  {type(model).__name__}, {config.experts_layout} experts, {model.dtype} on {model.device}",
+            f"  {config.num_hidden_layers} layers, {config.num_local_experts} experts in each, "
+            f"{config.num_experts_per_tok} for each token",
+            f"  {total:,} parameters, {active:,} active; {size / 2**30:.4f} GiB",
+        ]
+    )
+
+
+@torch.no_grad()
+def compare_with_reference(model: Any, checkpoint: Path) -> str:
+    """One sentence on how the model agrees with `golden.safetensors` of its checkpoint.
+
+    Raises:
+        ValueError: it does not.
+    """
+    golden = load_file(checkpoint / "golden.safetensors")
+    mask = golden["attention_mask"].bool()
+    logits = model(**{name: golden[name] for name in ("input_ids", "attention_mask", "position_ids")}).logits
+    difference = (logits - golden["logits"])[mask].abs().max().item()
+    expected = golden["greedy_single"][0].tolist()
+    prompt = {name: golden[name][:1] for name in ("input_ids", "attention_mask")}
+    greedy = model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
+    if difference > GOLDEN_LOGITS_TOLERANCE or greedy[0].tolist() != expected:
+        raise ValueError(
+            f"{checkpoint.name} disagrees with its reference: logits differ by {difference:.1e} (expected at most "
+            f"{GOLDEN_LOGITS_TOLERANCE:.0e}), greedy tokens {greedy[0].tolist()} (expected {expected}). "
+            f"Please report this with the output of `transformers env`; Python is {sys.version.split()[0]}."
+        )
+    return (
+        f"  agrees with the reference implementation: logits within {difference:.1e} over {int(mask.sum())} tokens, "
+        f"all {NEW_TOKENS} greedy tokens equal"
+    )

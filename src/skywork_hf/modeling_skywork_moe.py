@@ -1,0 +1,354 @@
+"""Skywork-MoE: transformers' Mixtral with Skywork's gate, experts and auxiliary loss.
+
+Attention, norms, rotary embedding, caches and outputs are Mixtral's. Written here is what differs: the gate
+(tech report of Skywork-MoE, eq. 5-6), the two layouts that experts can have, dense layers between MoE layers, and the
+load-balancing loss (eq. 4).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.mistral.modeling_mistral import MistralMLP
+from transformers.models.mixtral.modeling_mixtral import (
+    MixtralAttention,
+    MixtralDecoderLayer,
+    MixtralExperts,
+    MixtralForCausalLM,
+    MixtralModel,
+    MixtralPreTrainedModel,
+    MixtralRMSNorm,
+    MixtralRotaryEmbedding,
+    MixtralTopKRouter,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder
+
+from .configuration_skywork import SkyworkMoeConfig
+
+
+def routing_probabilities(router_logits: torch.Tensor, config: SkyworkMoeConfig) -> torch.Tensor:
+    """The softmax over all experts of the gate's logits, normalised first if the config says so (eq. 5-6).
+
+    Eq. 6 also subtracts the mean, which a softmax does not see. A row whose logits are all equal (the standard
+    deviation is 0) is left as it is: all experts equally likely, where the formula says 0 / 0.
+
+    Args:
+        router_logits: [tokens, experts], as the gate's projection gives them, any dtype.
+
+    Returns:
+        float32 [tokens, experts]; each row sums to 1.
+    """
+    logits = router_logits.float()
+    if config.moe_use_logits_norm:
+        # The variance, as the standard deviation has no finite gradient at 0.
+        variance = logits.var(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).eps ** 2)
+        logits = logits * (config.moe_gate_norm_std * torch.rsqrt(variance))
+    return torch.softmax(logits, dim=-1)
+
+
+def load_balancing_loss(
+    router_logits: tuple[torch.Tensor, ...], config: SkyworkMoeConfig, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The auxiliary loss of each MoE layer (tech report of Skywork-MoE, eq. 4): the sum over experts of
+    (1/n - mean over tokens of g)^2, with g the full softmax of the (normalised) gate.
+
+    Args:
+        router_logits: one [batch * tokens, experts] for each MoE layer, before normalisation.
+        attention_mask: [batch, tokens], 0 where a token is padding and does not count; may be longer than the tokens
+            on the left, by those in the cache. None counts all.
+
+    Returns:
+        float32 [MoE layers], on the device of the first layer's logits.
+    """
+    device = router_logits[0].device
+    tokens = router_logits[0].shape[0]
+    weight = torch.ones(tokens, device=device)
+    if attention_mask is not None and attention_mask.dim() == 2:
+        weight = attention_mask[:, -(tokens // attention_mask.shape[0]) :].reshape(-1).to(device, torch.float32)
+    weight = weight / weight.sum().clamp_min(1)
+    load = torch.stack([weight @ routing_probabilities(logits.to(device), config) for logits in router_logits])
+    return (1 / config.num_local_experts - load).square().sum(dim=-1)
+
+
+class SkyworkMoeGate(MixtralTopKRouter):
+    """Scores the experts and picks top_k of them for each token."""
+
+    def __init__(self, config: SkyworkMoeConfig) -> None:
+        super().__init__(config)
+        self.config = config
+
+    def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[tokens, hidden_size] to the logits [tokens, experts]."""
+        return F.linear(hidden_states, self.weight)
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Route tokens.
+
+        Args:
+            hidden_states: [tokens, hidden_size].
+
+        Returns:
+            The logits before normalisation [tokens, experts], the weights of the chosen experts [tokens, top_k]
+            (float32, each row sums to 1) and their indices [tokens, top_k].
+        """
+        router_logits = self.project(hidden_states)
+        weights, indices = routing_probabilities(router_logits, self.config).topk(self.top_k, dim=-1)
+        return router_logits, weights / weights.sum(dim=-1, keepdim=True), indices
+
+
+class SkyworkMoeGateProjection(nn.Module):
+    """A bias-free matrix of the two-layer gate. Not an nn.Linear, so that quantisers and adapters that look for linear
+    layers leave it alone, as they do the one-layer gate."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden_states, self.weight)
+
+
+class SkyworkMoeTwoLayerGate(SkyworkMoeGate):
+    """The gate of `moe_2layer_gate`: hidden to 8 x experts, tanh, to experts. Its matrices are named `0` and `2`, as
+    in the nn.Sequential of the training code."""
+
+    def __init__(self, config: SkyworkMoeConfig) -> None:
+        nn.Module.__init__(self)
+        self.config = config
+        self.top_k = config.num_experts_per_tok
+        width = 8 * config.num_local_experts
+        self.add_module("0", SkyworkMoeGateProjection(config.hidden_size, width))
+        self.add_module("2", SkyworkMoeGateProjection(width, config.num_local_experts))
+
+    def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        first, second = self.children()
+        return second(torch.tanh(first(hidden_states)))
+
+
+class SkyworkMoeExpert(nn.Module):
+    """One SwiGLU feed-forward network, with the Hub's names: w1 gate, w3 up, w2 down."""
+
+    def __init__(self, config: SkyworkMoeConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.w2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.w3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.w2(self.act_fn(self.w1(hidden_states)) * self.w3(hidden_states))
+
+
+class SkyworkMoeExperts(nn.ModuleList):
+    """The modular layout: one module per expert, each on whatever device it was put.
+
+    The fused layout is transformers' own `MixtralExperts`; both have the same `forward`.
+    """
+
+    def __init__(self, config: SkyworkMoeConfig) -> None:
+        super().__init__(SkyworkMoeExpert(config) for _ in range(config.num_local_experts))
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The weighted sum of the chosen experts' outputs.
+
+        Pairs of a token and an expert are sorted by expert once, so that each expert is called once, on its own
+        consecutive rows; the sizes of these runs are the only thing that the host waits for.
+
+        Args:
+            hidden_states: [tokens, hidden_size].
+            top_k_index: int64 [tokens, top_k].
+            top_k_weights: float32 [tokens, top_k].
+
+        Returns:
+            [tokens, hidden_size], dtype and device of `hidden_states`; summed in float32.
+        """
+        tokens, top_k = top_k_index.shape
+        expert_of_pair, pair = top_k_index.flatten().sort(stable=True)
+        starts = torch.arange(len(self) + 1, device=expert_of_pair.device)
+        bounds = torch.searchsorted(expert_of_pair, starts).tolist()
+
+        rows = hidden_states[pair // top_k]
+        outputs = [
+            expert(rows[start:end]).to(rows.device, non_blocking=True)
+            for expert, start, end in zip(self, bounds, bounds[1:], strict=False)
+            if start < end
+        ]
+        weighted = torch.cat(outputs) * top_k_weights.flatten()[pair].unsqueeze(-1)
+        by_token = weighted[pair.argsort()].view(tokens, top_k, -1)
+        return by_token.sum(dim=1).to(hidden_states.dtype)
+
+
+class SkyworkMoeBlock(nn.Module):
+    """The sparse feed-forward part of a layer: the gate and its experts."""
+
+    def __init__(self, config: SkyworkMoeConfig) -> None:
+        super().__init__()
+        self.gate = SkyworkMoeTwoLayerGate(config) if config.moe_2layer_gate else SkyworkMoeGate(config)
+        self.experts = SkyworkMoeExperts(config) if config.experts_layout == "modular" else MixtralExperts(config)
+        self.input_scale = config.num_experts_per_tok if config.multiplies_input_by_top_k else None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[batch, tokens, hidden_size] to the same shape."""
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, top_k_weights, top_k_index = self.gate(rows)
+        if self.input_scale is not None:
+            rows = rows * self.input_scale
+        return self.experts(rows, top_k_index, top_k_weights).view(hidden_states.shape)
+
+
+class SkyworkMoeDecoderLayer(MixtralDecoderLayer):
+    """A Mixtral layer without its feed-forward part, which the two subclasses add under the Hub's names."""
+
+    def __init__(self, config: SkyworkMoeConfig, layer_idx: int) -> None:
+        # Past MixtralDecoderLayer's own, which would build experts of its own under another name.
+        GradientCheckpointingLayer.__init__(self)
+        self.hidden_size = config.hidden_size
+        self.self_attn = MixtralAttention(config, layer_idx)
+        self.input_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class SkyworkMoeDenseLayer(SkyworkMoeDecoderLayer):
+    """A layer without experts, where `moe_expert_interval` is above 1."""
+
+    def __init__(self, config: SkyworkMoeConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.mlp = MistralMLP(config)  # type: ignore[assignment]
+
+
+class SkyworkMoeSparseLayer(SkyworkMoeDecoderLayer):
+    """A layer with experts."""
+
+    def __init__(self, config: SkyworkMoeConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.block_sparse_moe = SkyworkMoeBlock(config)
+
+    @property
+    def mlp(self) -> nn.Module:  # type: ignore[override]
+        """What Mixtral's forward calls the feed-forward part."""
+        return self.block_sparse_moe
+
+
+class SkyworkMoePreTrainedModel(MixtralPreTrainedModel):
+    config: SkyworkMoeConfig
+    config_class = SkyworkMoeConfig
+    _no_split_modules = ["SkyworkMoeDenseLayer", "SkyworkMoeSparseLayer"]
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(SkyworkMoeGate, index=0),
+        "hidden_states": SkyworkMoeDecoderLayer,
+        "attentions": MixtralAttention,
+    }
+
+    def __init__(self, config: SkyworkMoeConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        # The modular layout asks the host which experts were chosen, once a layer.
+        self._can_compile_fullgraph = config.experts_layout == "fused"
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers looks for its decorator in this file's source; `MixtralExperts` carries it
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, SkyworkMoeTwoLayerGate):
+            return  # nothing of its own: its two projections come by themselves
+        super()._init_weights(module)
+        if isinstance(module, SkyworkMoeGateProjection):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+
+
+class SkyworkMoeModel(SkyworkMoePreTrainedModel, MixtralModel):
+    """The MoE decoder: `input_ids` [batch, tokens] to `last_hidden_state` [batch, tokens, hidden_size], and on request
+    `router_logits`, one [batch * tokens, experts] for each MoE layer, before normalisation."""
+
+    def __init__(self, config: SkyworkMoeConfig) -> None:
+        # Past MixtralModel's own, which would build Mixtral layers.
+        SkyworkMoePreTrainedModel.__init__(self, config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            (SkyworkMoeSparseLayer if config.is_moe_layer(idx) else SkyworkMoeDenseLayer)(config, idx)
+            for idx in range(config.num_hidden_layers)
+        )
+        self.norm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = MixtralRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+class SkyworkMoeForCausalLM(SkyworkMoePreTrainedModel, MixtralForCausalLM):
+    """Skywork-MoE with its language-model head: `logits` [batch, tokens, vocab_size]."""
+
+    def __init__(self, config: SkyworkMoeConfig) -> None:
+        # Past MixtralForCausalLM's own, which would build a MixtralModel.
+        SkyworkMoePreTrainedModel.__init__(self, config)
+        self.model = SkyworkMoeModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """As `MixtralForCausalLM.forward`, but for the auxiliary loss: `aux_loss`, given where router logits are asked
+        for, is the sum over the MoE layers of `load_balancing_loss`, and `loss` then contains it times
+        `config.router_aux_loss_coef`."""
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        aux_loss = None
+        if output_router_logits:
+            aux_loss = load_balancing_loss(outputs.router_logits, self.config, attention_mask).sum()
+            if loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+
+__all__ = ["SkyworkMoeForCausalLM", "SkyworkMoeModel", "SkyworkMoePreTrainedModel"]

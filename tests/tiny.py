@@ -1,0 +1,44 @@
+"""The golden checkpoints and tiny random models that all tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from skywork_hf import SkyworkConfig, SkyworkMoeConfig
+from skywork_hf.demo import tiny_checkpoint
+
+FIXTURES = Path(__file__).parent / "fixtures"
+LAYOUTS = ("modular", "fused")
+
+
+def checkpoint(name: str) -> Path:
+    """The folder of a golden checkpoint; the one that the demo loads lives in the package."""
+    return tiny_checkpoint() if name == "skywork-moe-tiny" else FIXTURES / name
+
+
+def golden(name: str) -> dict[str, torch.Tensor]:
+    """The outputs of a reference implementation on a golden checkpoint."""
+    return load_file(checkpoint(name) / "golden.safetensors")
+
+
+def _shape(**changes: Any) -> dict[str, Any]:
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return {**shape, "vocab_size": 67, "max_position_embeddings": 64, "initializer_range": 0.2, **changes}
+
+
+def tiny_dense_config(**changes: Any) -> SkyworkConfig:
+    return SkyworkConfig(**_shape(**changes))
+
+
+def tiny_moe_config(**changes: Any) -> SkyworkMoeConfig:
+    experts = {} if changes.keys() & {"num_experts", "num_local_experts"} else {"num_experts": [4]}
+    return SkyworkMoeConfig(**_shape(**experts, **changes))
+
+
+def tokens(batch: int = 2, length: int = 10, vocab: int = 67) -> torch.Tensor:
+    """Random ids, none of them padding, bos or eos."""
+    return torch.randint(3, vocab, (batch, length))
