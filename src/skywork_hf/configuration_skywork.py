@@ -76,6 +76,7 @@ class _SkyworkConfigMixin(_ConfigBase):
     """What reading a released config takes in both families."""
 
     default_theta = 10000.0
+    tokenizer_class = "SkyworkTokenizer"  # for folders with no tokenizer_config.json
 
     hidden_size: int
     num_attention_heads: int

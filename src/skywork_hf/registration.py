@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
 )
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
+from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
 from transformers.utils import logging
 
 from .configuration_skywork import SkyworkConfig, SkyworkMoeConfig
@@ -26,24 +28,26 @@ def register() -> None:
     """Make the Auto classes of transformers find ours. May be called again, and after another package took a name:
     ours then take its place, and a warning says whose."""
     for config_class in (SkyworkConfig, SkyworkMoeConfig):
-        _warn_if_taken(config_class)
+        _warn_if_taken(CONFIG_MAPPING, config_class.model_type, config_class)
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        AutoTokenizer.register(config_class, SkyworkTokenizer, exist_ok=True)
     AutoModel.register(SkyworkConfig, SkyworkModel, exist_ok=True)
     AutoModelForCausalLM.register(SkyworkConfig, SkyworkForCausalLM, exist_ok=True)
     AutoModelForSequenceClassification.register(SkyworkConfig, SkyworkForSequenceClassification, exist_ok=True)
     AutoModel.register(SkyworkMoeConfig, SkyworkMoeModel, exist_ok=True)
     AutoModelForCausalLM.register(SkyworkMoeConfig, SkyworkMoeForCausalLM, exist_ok=True)
+    # By its name, which released tokenizer configs and our model configs give. `AutoTokenizer.register` would tie it
+    # to the config classes as well, and then `trust_remote_code=True` would run the checkpoint's tokenizer code.
+    _warn_if_taken(REGISTERED_TOKENIZER_CLASSES, SkyworkTokenizer.__name__, SkyworkTokenizer)
+    REGISTERED_TOKENIZER_CLASSES[SkyworkTokenizer.__name__] = SkyworkTokenizer
     register_checkpoint_conversion_mapping(SkyworkMoeConfig.model_type, _fused_experts_conversion(), overwrite=True)
 
 
-def _warn_if_taken(config_class: type[SkyworkConfig] | type[SkyworkMoeConfig]) -> None:
-    name = config_class.model_type
-    if name in CONFIG_MAPPING and CONFIG_MAPPING[name] is not config_class:
-        other = CONFIG_MAPPING[name]
+def _warn_if_taken(registry: Any, name: str, ours: type) -> None:
+    if name in registry and registry[name] is not ours:
+        other = registry[name]
         logger.warning(
-            f"skywork_hf replaces {other.__module__}.{other.__qualname__}, which was registered for the model type "
-            f"`{name}`: the Auto classes now load it with skywork_hf."
+            f"skywork_hf replaces {other.__module__}.{other.__qualname__}, which was registered as `{name}`: the Auto "
+            "classes now load it with skywork_hf."
         )
 
 

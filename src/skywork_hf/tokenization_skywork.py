@@ -1,161 +1,196 @@
-"""The Skywork tokenizer on the `tokenizers` backend.
-
-It gives the ids and the text of the original slow class of 2023 (a SentencePiece BPE with Llama's legacy behaviour):
-
-* a dummy space before the text, also where the text starts with a space, and before the text after a chat token;
-* spaces are kept as they are, and decoding takes the dummy space away again;
-* `<s>`, `</s>` and `<unk>` in a text are text, not control tokens (`split_special_tokens`), while chat tokens are
-  recognised wherever they stand, and swallow the spaces around them.
-"""
+"""The tokenizer of the Skywork models: a SentencePiece BPE vocabulary on the tokenizers library, and the chat format."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable
+import struct
+from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 from transformers import TokenizersBackend
-from transformers.convert_slow_tokenizer import SentencePieceExtractor
+from transformers.utils import logging
 
-CHAT_TOKENS = ("[USER]", "[BOT]", "[SEP]")
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-# `special_encode` of the released chat code for one question, and its natural extension: an answer ends with eos,
-# every question starts anew with bos, a system message stands before the first question, on a line of its own.
+logger = logging.get_logger(__name__)
+
+CHAT_TOKENS = ("[USER]", "[BOT]", "[SEP]")  # in the order of their ids
+
+# One turn is `</s><s>[USER]question[SEP][BOT]`. The `</s>` that opens the next turn ends the answer before it.
 CHAT_TEMPLATE = """\
-{%- set turns = namespace(system='', expected='user') -%}
+{%- macro text(message) -%}
+    {%- if message.content is not string -%}
+        {{- raise_exception('Skywork chats are text: the content of every message has to be a string.') -}}
+    {%- endif -%}
+    {{- message.content | replace('\\r', '') | trim -}}
+{%- endmacro -%}
+{%- set has_system = messages[0].role == 'system' -%}
+{%- set turns = messages[1:] if has_system else messages -%}
+{%- set system = text(messages[0]) if has_system else '' -%}
+{%- if not turns -%}
+    {{- raise_exception('In a Skywork chat, a system message opens a user message, and none follows it.') -}}
+{%- endif -%}
 {{- eos_token -}}
-{%- for message in messages -%}
-    {%- set content = (message['content'] | replace('\\r', '')).strip() -%}
-    {%- if message['role'] == 'system' and loop.first -%}
-        {%- set turns.system = content + '\\n' -%}
-    {%- elif message['role'] not in ('user', 'assistant') -%}
-        {{- raise_exception('Message ' ~ loop.index0 ~ ' has the role "' ~ message['role'] ~ '": expected "user" or '
-            ~ '"assistant", or "system" in the first message.') -}}
-    {%- elif message['role'] != turns.expected -%}
-        {{- raise_exception('Message ' ~ loop.index0 ~ ' has the role "' ~ message['role'] ~ '" where "'
-            ~ turns.expected ~ '" was expected: user and assistant take turns, and the user begins.') -}}
-    {%- elif message['role'] == 'user' -%}
-        {{- bos_token ~ '[USER]' ~ turns.system ~ content ~ '[SEP]' -}}
-        {%- set turns.system = '' -%}
-        {%- set turns.expected = 'assistant' -%}
+{%- for message in turns -%}
+    {%- set expected = 'user' if loop.index0 is even else 'assistant' -%}
+    {%- if message.role != expected -%}
+        {{- raise_exception('A Skywork chat has one system message or none, then user and assistant take turns: '
+            ~ 'message ' ~ (loop.index + (1 if has_system else 0)) ~ ' has the role ' ~ message.role ~ ', not '
+            ~ expected ~ '.') -}}
+    {%- elif expected == 'user' -%}
+        {{- bos_token ~ '[USER]' ~ (system ~ '\\n\\n' if loop.first and system else '') ~ text(message) -}}
+        {{- '[SEP][BOT]' -}}
     {%- else -%}
-        {{- '[BOT]' -}}
-        {%- generation -%}{{- content ~ eos_token -}}{%- endgeneration -%}
-        {%- set turns.expected = 'user' -%}
+        {%- generation -%}
+            {{- text(message) ~ eos_token -}}
+        {%- endgeneration -%}
     {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- '[BOT]' -}}{%- endif -%}
 """
 
-_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+# The normalizer removes it, but not before added tokens are looked for: inside a token's name, it makes that name text.
+# Unicode promises that these two code points will never be characters.
+BREAK = "\ufdd0\ufdef"
+
+SPACE = "▁"  # as SentencePiece writes it
+BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class SkyworkTokenizer(TokenizersBackend):
-    """Tokenizer of all Skywork models, from `tokenizer.model` (the released file) or `tokenizer.json`.
+    """
+    The ids and the decoded text of the original `SkyworkTokenizer`, a slow class of 2023 on the sentencepiece library,
+    from `tokenizer.model` or `tokenizer.json` alone. Neither sentencepiece nor protobuf is needed.
 
-    Pads on the left, adds bos. `split_special_tokens=False` in a call makes `<s>` and `</s>` in the text control
-    tokens.
+    Habits of the original that most tokenizers do not have:
+
+    * White space is kept as it is. A space that is not in the text goes before every stretch of text between tokens.
+    * `<s>`, `</s>` and `<unk>` in a text are text. `split_special_tokens=False`, here, in `from_pretrained` or in a
+      call, makes them tokens.
+    * Tokens that `add_tokens` gets as strings swallow the white space around them in a text. In decoded text one space
+      separates them from the rest (`spaces_between_special_tokens=False`: none).
+
+    Chats: `apply_chat_template` writes `</s><s>[USER]question[SEP][BOT]`, whatever `add_generation_prompt` says, and
+    gives the ids of the original `special_encode`. Further turns follow as `answer</s><s>[USER]question[SEP][BOT]`. A
+    system message stands at the start of the first question, before an empty line. The assistant mask covers each
+    answer and the `</s>` after it. Messages lose white space at both ends and all `\\r`. Special tokens in messages are
+    text, chat tokens are tokens, as they were; `sanitize_control_tokens=True` makes all of them text. A rendered chat
+    (`tokenize=False`) does not show which is which, so it is best tokenized by `apply_chat_template` itself.
+
+    Args:
+        vocab: the path of `tokenizer.model`, or the pieces and their ids, to go with `merges`.
+        merges: pairs of pieces, the first to merge first.
+        pad_token: the unknown token unless given.
+        split_special_tokens: whether special tokens in a text are text.
+        kwargs: as for every tokenizer. Unless a `tokenizer.json` says otherwise, `add_bos_token` is True and
+            `add_eos_token` False.
 
     Raises:
-        ValueError: the file is not a SentencePiece model.
+        FileNotFoundError: there is no `tokenizer.json` and no `tokenizer.model`.
+        ValueError: `tokenizer.model` is no SentencePiece BPE model, or added tokens do not follow one another.
     """
 
     vocab_files_names = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "left"
-    model = BPE  # type: ignore[assignment]
-    _tokenizer: Any
+    model = BPE
 
     def __init__(
         self,
-        vocab: dict[str, int] | None = None,
+        vocab: str | os.PathLike[str] | dict[str, int] | None = None,
         merges: list[tuple[str, str]] | None = None,
-        unk_token: str | AddedToken = "<unk>",
-        bos_token: str | AddedToken = "<s>",
-        eos_token: str | AddedToken = "</s>",
-        pad_token: str | AddedToken = "<unk>",
-        add_bos_token: bool = True,
-        add_eos_token: bool = False,
-        clean_up_tokenization_spaces: bool = False,
+        unk_token: str | AddedToken | None = "<unk>",
+        bos_token: str | AddedToken | None = "<s>",
+        eos_token: str | AddedToken | None = "</s>",
+        pad_token: str | AddedToken | None = None,
         split_special_tokens: bool = True,
-        chat_template: str | dict[str, str] | None = CHAT_TEMPLATE,
         **kwargs: Any,
     ) -> None:
-        vocab = vocab or {str(unk_token): 0, str(bos_token): 1, str(eos_token): 2}
-        self._tokenizer = Tokenizer(
-            BPE(vocab=vocab, merges=merges or [], unk_token=str(unk_token), fuse_unk=True, byte_fallback=True)
-        )
-        # Not the Metaspace pre-tokenizer, which adds no dummy space to a text that starts with a space.
-        self._tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        self._tokenizer.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        )
-        # Of the 2023 class; saying them again would say nothing.
-        for leftover in ("legacy", "sp_model_kwargs", "auto_map", "add_prefix_space", "use_default_system_prompt"):
-            kwargs.pop(leftover, None)
+        for name in ("auto_map", "legacy", "sp_model_kwargs"):  # of the original class
+            kwargs.pop(name, None)
+        if isinstance(vocab, (str, os.PathLike)):
+            kwargs["vocab_file"] = str(vocab)
+        ready_made = any(kwargs.get(name) is not None for name in ("tokenizer_object", "tokenizer_file"))
+        if not ready_made:
+            if isinstance(vocab, dict):
+                self._tokenizer = _tokenizer(vocab, merges or [])
+            else:
+                self._tokenizer = _tokenizer_of_sentencepiece(kwargs.get("vocab_file"))
+            kwargs = {"add_bos_token": True, "add_eos_token": False, **kwargs}
+        if kwargs.get("chat_template") is None:
+            kwargs["chat_template"] = CHAT_TEMPLATE
         super().__init__(
             unk_token=unk_token,
             bos_token=bos_token,
             eos_token=eos_token,
-            pad_token=pad_token,
-            add_bos_token=add_bos_token,
-            add_eos_token=add_eos_token,
-            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
+            pad_token=unk_token if pad_token is None else pad_token,
             split_special_tokens=split_special_tokens,
-            chat_template=chat_template,
             **kwargs,
         )
-        self._add_text_tokens(token for token in CHAT_TOKENS if token in vocab)
+        self.add_tokens([token for token in CHAT_TOKENS if self._tokenizer.token_to_id(token) is not None])
+        if ready_made:
+            self._read_post_processor(given=kwargs)
+        self._check_ids(kwargs.get("added_tokens_decoder") or {})
 
     @classmethod
-    def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
-        path = kwargs.get("vocab_file")
-        if path is not None and kwargs.get("tokenizer_file") is None:
-            try:
-                SentencePieceExtractor(path)
-            except ImportError:
-                raise
-            except Exception as error:
-                raise ValueError(f"{path} is not a SentencePiece model ({error}): download it again.") from error
-        return super().convert_to_native_format(trust_remote_code=trust_remote_code, **kwargs)
-
-    @classmethod
-    def convert_from_spm_model(cls, **kwargs: Any) -> dict[str, Any]:
-        """What transformers read from `tokenizer.model`, put right: a merge may not build a control or byte piece,
-        which SentencePiece never finds in a text; user-defined pieces stay tokens of the text, not special ones."""
-        pieces = kwargs.pop("additional_special_tokens", [])
-        hidden = {str(piece) for piece in pieces if piece.special} | {"<unk>"}
-        kwargs["merges"] = [
-            (left, right)
-            for left, right in kwargs["merges"]
-            if left + right not in hidden and not _BYTE_PIECE.fullmatch(left + right)
-        ]
+    def convert_to_native_format(cls, **kwargs: Any) -> dict[str, Any]:
+        """Leaves the files to `__init__`: transformers' way needs sentencepiece, and its merges are others."""
+        if all(kwargs.get(name) is None for name in cls.vocab_files_names):
+            raise FileNotFoundError(f"There is no tokenizer.json and no tokenizer.model in {kwargs['name_or_path']}.")
+        kwargs.pop("trust_remote_code", None)
         return kwargs
 
-    def add_chat_tokens(self, model: Any = None) -> int:
-        """Add those of `[USER]`, `[BOT]` and `[SEP]` that are missing, as in the released chat models.
+    def _read_post_processor(self, given: dict[str, Any]) -> None:
+        # A `tokenizer.json` adds bos and eos or does not, and transformers does not look.
+        ids = self._tokenizer.encode("").ids
+        if "add_bos_token" not in given:
+            self._add_bos_token = self.bos_token is not None and ids[:1] == [self.bos_token_id]
+        if "add_eos_token" not in given:
+            self._add_eos_token = self.eos_token is not None and ids[-1:] == [self.eos_token_id]
 
-        Args:
-            model: a PreTrainedModel; its embedding and head get rows for the chat tokens, where they have fewer rows
-                than the tokenizer has tokens.
+    def _check_ids(self, added_tokens: dict[int, AddedToken]) -> None:
+        for wanted, token in added_tokens.items():
+            index = self._tokenizer.token_to_id(str(token))
+            if index != int(wanted):
+                raise ValueError(f"{self.name_or_path} gives the token {token} the id {wanted}; its place is {index}.")
 
-        Returns:
-            How many were added.
-        """
-        added = self._add_text_tokens(CHAT_TOKENS)
-        if model is not None and model.get_input_embeddings().weight.shape[0] < len(self):
-            model.resize_token_embeddings(len(self))
-        return added
+    def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
+        return self._tokenizer.add_tokens([self._as_original(token, special_tokens) for token in new_tokens])
 
-    def _add_text_tokens(self, tokens: Iterable[str]) -> int:
-        return self.add_tokens(
-            [AddedToken(token, lstrip=True, rstrip=True, normalized=False, special=False) for token in tokens]
+    def _as_original(self, token: str | AddedToken, special: bool) -> AddedToken:
+        strips = isinstance(token, str) or token.content in CHAT_TOKENS
+        token = AddedToken(token) if isinstance(token, str) else token
+        return AddedToken(
+            token.content,
+            single_word=token.single_word,
+            lstrip=strips or token.lstrip,
+            rstrip=strips or token.rstrip,
+            # else the normalizer puts the space that begins a text into the token
+            normalized=False,
+            # To the tokenizers library, special tokens are those that `split_special_tokens` is about. In the original
+            # it is about those of the vocabulary only.
+            special=(special or token.special) and self._tokenizer.model.token_to_id(token.content) is not None,
         )
 
-    def apply_chat_template(  # type: ignore[override]
+    def add_chat_tokens(self, model: PreTrainedModel | None = None) -> int:
+        """
+        Add those of `[USER]`, `[BOT]` and `[SEP]` that are missing, and the rows that `model` has not got for them.
+
+        Returns:
+            The number of tokens added. A model that has rows for all tokens is left alone.
+        """
+        before = len(self)
+        self.add_tokens([token for token in CHAT_TOKENS if token not in self.added_tokens_encoder])
+        if model is not None and model.get_input_embeddings().weight.shape[0] < len(self):
+            model.resize_token_embeddings(len(self))
+        return len(self) - before
+
+    def apply_chat_template(
         self,
         conversation: Any,
         tools: list[Any] | None = None,
@@ -164,40 +199,61 @@ class SkyworkTokenizer(TokenizersBackend):
         add_generation_prompt: bool = False,
         continue_final_message: bool | str = False,
         tokenize: bool = True,
+        sanitize_control_tokens: bool = False,
+        *args: Any,
+        tokenizer_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers documents it; `add_generation_prompt=True` gives the ids of the original `special_encode`.
-
-        Control tokens that a message spells out (`</s>`, `[USER]`) stay text: `sanitize_control_tokens` is true
-        unless asked otherwise, or with `return_assistant_tokens_mask`, where transformers cannot do it.
+        """
+        As for every tokenizer; the class describes the format. Chat tokens that the template needs and the tokenizer
+        has not got are added, with a warning.
 
         Raises:
-            ValueError: the tokenizer has no chat tokens; `add_chat_tokens` adds them.
+            jinja2.exceptions.TemplateError: the messages are not in the order of a chat, or not text.
         """
-        missing = [token for token in CHAT_TOKENS if token not in self.get_vocab()]
-        if missing and chat_template is None and tokenize:
-            raise ValueError(
-                f"This tokenizer of a base model has no {', '.join(missing)}, which its chat template needs. Call "
-                "`tokenizer.add_chat_tokens(model)`, which gives the model's embedding rows for them too; rows that "
-                "are new must be trained."
-            )
-        if kwargs.get("sanitize_control_tokens") is None:
-            kwargs["sanitize_control_tokens"] = tokenize and not kwargs.get("return_assistant_tokens_mask")
-        # The template writes `</s><s>`, and there they are control tokens.
-        split_special_tokens, self.split_special_tokens = self.split_special_tokens, False
-        try:
-            return super().apply_chat_template(
-                conversation,
-                tools=tools,
-                documents=documents,
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tokenize=tokenize,
-                **kwargs,
-            )
-        finally:
-            self.split_special_tokens = split_special_tokens
+        if tokenize:
+            self._add_missing_chat_tokens(self.get_chat_template(chat_template, tools))
+            as_text = self._control_tokens(every_one=sanitize_control_tokens)
+            conversation, tools, documents = (_as_text(inputs, as_text) for inputs in (conversation, tools, documents))
+            tokenizer_kwargs = {"split_special_tokens": False, **(tokenizer_kwargs or {})}
+        return super().apply_chat_template(
+            conversation,
+            tools,
+            documents,
+            chat_template,
+            add_generation_prompt,
+            continue_final_message,
+            tokenize,
+            sanitize_control_tokens and not tokenize,
+            *args,
+            tokenizer_kwargs=tokenizer_kwargs,
+            **kwargs,
+        )
+
+    def _add_missing_chat_tokens(self, template: str) -> None:
+        if all(token in self.added_tokens_encoder for token in CHAT_TOKENS if token in template):
+            return
+        self.add_chat_tokens()
+        logger.warning(
+            f"{', '.join(CHAT_TOKENS)} were added to the tokenizer, which has {len(self)} tokens now. A model with "
+            "fewer rows, as base models have, gets its rows by `tokenizer.add_chat_tokens(model)`."
+        )
+
+    def _control_tokens(self, every_one: bool) -> list[str]:
+        tokens = self.added_tokens_decoder.values()
+        return [token.content for token in tokens if every_one or (token.special and self.split_special_tokens)]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        special = set(self.all_special_tokens)
+        string, text = "", None
+        for is_special, run in groupby(tokens, key=special.__contains__):
+            if not is_special:
+                text = _decoded(list(run))
+                continue
+            # The original puts the space before the text, not between the text and the special token.
+            string += "".join([*([] if text is None else [" ", text]), *run])
+            text = None
+        return string + (text or "")
 
     def _decode(
         self,
@@ -207,31 +263,156 @@ class SkyworkTokenizer(TokenizersBackend):
         spaces_between_special_tokens: bool = True,
         **kwargs: Any,
     ) -> str:
-        """As the original slow class: chat tokens stand between spaces, and each run of other tokens is decoded for
-        itself, so loses its own dummy space."""
+        # Not by the decoder in tokenizer.json, which knows nothing of these spaces, and which gives up all the bytes in
+        # a row where one character among them is incomplete.
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        special = set(self.all_special_ids)
-        if skip_special_tokens:
-            ids = [token_id for token_id in ids if token_id not in special]
-        chat = set(self.added_tokens_decoder) - special
-        texts: list[str] = []
-        for is_chat, run in groupby(ids, key=chat.__contains__):
-            if is_chat:
-                texts.extend(self.convert_ids_to_tokens(list(run)))
-            else:
-                texts.append(self._decode_run(list(run), special))
-        return (" " if spaces_between_special_tokens else "").join(texts)
-
-    def _decode_run(self, ids: list[int], special: set[int]) -> str:
-        text, done = "", 0
-        for is_special, run in groupby(ids, key=special.__contains__):
-            part = list(run)
-            done += len(part)
-            if is_special:
-                text += "".join(self.convert_ids_to_tokens(part))
-            else:  # the original puts a space before text that a special token follows
-                text += " " * (done < len(ids)) + self._tokenizer.decode(part)
-        return text
+        ids = ids["input_ids"] if isinstance(ids, dict) else ids
+        tokens = [token for token in self.convert_ids_to_tokens(ids, skip_special_tokens) if token is not None]
+        added = {token for token, index in self.added_tokens_encoder.items() if index >= self.vocab_size}
+        strings: list[str] = []
+        for is_added, run in groupby(tokens, key=added.__contains__):
+            strings += run if is_added else [self.convert_tokens_to_string(list(run))]
+        string = (" " if spaces_between_special_tokens else "").join(strings)
+        clean = self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
+        return self.clean_up_tokenization(string) if clean else string
 
 
-__all__ = ["SkyworkTokenizer"]
+def _as_text(inputs: Any, tokens: list[str]) -> Any:
+    """What `inputs` says, with `BREAK`s in every one of the tokens."""
+    if isinstance(inputs, str):
+        # Templates remove `\r`: it must not hold a token apart until then.
+        pattern = "|".join("\r*".join(map(re.escape, token)) for token in tokens)
+        return re.sub(pattern, lambda match: BREAK.join([*match[0], ""]), inputs) if tokens else inputs
+    if isinstance(inputs, dict):
+        return {key: _as_text(value, tokens) for key, value in inputs.items()}
+    inputs = getattr(inputs, "messages", inputs)
+    return [_as_text(item, tokens) for item in inputs] if isinstance(inputs, (list, tuple)) else inputs
+
+
+def _decoded(pieces: list[str]) -> str:
+    """The text of pieces as SentencePiece decodes it: without the space that begins it."""
+    if pieces[0].startswith(SPACE):
+        pieces = [pieces[0].removeprefix(SPACE), *pieces[1:]]
+    text = ""
+    for are_bytes, run in groupby(pieces, key=lambda piece: BYTE.fullmatch(piece) is not None):
+        if are_bytes:
+            text += _decoded_bytes(bytes(int(piece[3:5], 16) for piece in run))
+        else:
+            text += "".join(run).replace(SPACE, " ")
+    return text
+
+
+def _decoded_bytes(data: bytes) -> str:
+    """UTF-8 with one replacement character for every byte, and not every sequence, that is none."""
+    text = ""
+    while True:
+        try:
+            return text + data.decode()
+        except UnicodeDecodeError as error:
+            text += data[: error.start].decode() + "\ufffd"
+            data = data[error.start + 1 :]
+
+
+def _tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
+    """No pre-tokenizer: the Metaspace one, which Llama has, adds no space to a text that begins with one."""
+    tokenizer = Tokenizer(
+        BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback="<0x00>" in vocab)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Replace(BREAK, ""), normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", left=1)]
+    )
+    return tokenizer
+
+
+# The numbers of SentencePiece's protobuf: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
+PIECES, TRAINER_SPEC, NORMALIZER_SPEC = 1, 2, 3
+PIECE, SCORE, TYPE = 1, 2, 3
+NORMAL, USER_DEFINED = 1, 4
+MODEL_TYPE = 3
+BPE_MODEL = 2
+PRECOMPILED_CHARSMAP, ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES = 2, 3, 4
+
+
+def _tokenizer_of_sentencepiece(path: str | os.PathLike[str] | None) -> Tokenizer:
+    """
+    The tokenizer in a `tokenizer.model`.
+
+    Two pieces merge if the result is a normal piece, the one with the highest score first. transformers takes the order
+    of the ids for that of the scores, and builds `<s>` from text where its parts happen to be pieces.
+    """
+    if path is None:
+        raise ValueError("SkyworkTokenizer needs a tokenizer.model, a tokenizer.json, or a vocabulary and merges.")
+    pieces = _read_pieces(Path(path))
+    vocab = {piece: index for index, (piece, _, _) in enumerate(pieces)}
+    scores = {piece: score for piece, score, kind in pieces if kind == NORMAL}
+    merges = []
+    for piece in sorted(scores, key=lambda piece: -scores[piece]):
+        cuts = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        merges += [(left, right) for left, right in cuts if left in scores and right in scores]
+    merged = {left + right for left, right in merges}
+    if len({scores[piece] for piece in merged}) < len(merged):
+        logger.warning(
+            f"Pieces of {path} share a score. SentencePiece merges the leftmost of them first, the tokenizers library "
+            "the one with the lowest id: where two of them overlap in a text, ids can differ from the original's."
+        )
+    tokenizer = _tokenizer(vocab, merges)
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece, _, kind in pieces if kind == USER_DEFINED])
+    return tokenizer
+
+
+def _read_pieces(path: Path) -> list[tuple[str, float, int]]:
+    """The pieces of a SentencePiece model, in the order of their ids, with their scores and types."""
+    data = path.read_bytes()
+    try:
+        model = [(number, dict(_fields(value))) for number, value in _fields(data) if number <= NORMALIZER_SPEC]
+        pieces = [
+            (piece[PIECE].decode(), *struct.unpack("<f", piece.get(SCORE, bytes(4))), piece.get(TYPE, NORMAL))
+            for number, piece in model
+            if number == PIECES
+        ]
+        trainer, normalizer = (dict(model).get(number, {}) for number in (TRAINER_SPEC, NORMALIZER_SPEC))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, struct.error) as error:
+        pointer = data.startswith(b"version https://git-lfs")
+        hint = "it is a pointer of Git LFS, so fetch the file itself" if pointer else "it is damaged or something else"
+        raise ValueError(f"{path} is not a SentencePiece model: {hint}.") from error
+    is_bpe = trainer.get(MODEL_TYPE) == BPE_MODEL
+    keeps_text = not normalizer.get(PRECOMPILED_CHARSMAP) and not normalizer.get(REMOVE_EXTRA_WHITESPACES, True)
+    if not (pieces and is_bpe and keeps_text and normalizer.get(ADD_DUMMY_PREFIX, True)):
+        raise ValueError(
+            f"{path} is not a Skywork tokenizer: that is a SentencePiece model of the BPE kind that begins a text with "
+            "a space and changes nothing else."
+        )
+    return pieces
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """The fields of a protobuf message: their numbers, and their values as integers or bytes."""
+    position = 0
+    while position < len(data):
+        key, position = _varint(data, position)
+        if key & 7 == 0:
+            value, position = _varint(data, position)
+            yield key >> 3, value
+            continue
+        if key & 7 == 2:
+            size, position = _varint(data, position)
+        else:
+            size = {1: 8, 5: 4}[key & 7]
+        if position + size > len(data):
+            raise ValueError("the message ends early")
+        yield key >> 3, data[position : position + size]
+        position += size
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[position]
+        value |= (byte & 127) << shift
+        shift += 7
+        position += 1
+        if byte < 128:
+            return value, position

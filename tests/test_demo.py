@@ -1,0 +1,34 @@
+"""`skywork-hf demo`, as a user sees it."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from skywork_hf.cli import main
+from skywork_hf.demo import compare_with_reference, tiny_checkpoint
+
+
+def test_demo_tells_what_was_loaded_agrees_and_generates(capsys):
+    main(["demo"])
+    printed = capsys.readouterr().out
+    assert "SkyworkMoeForCausalLM, modular experts, torch.float32 on cpu" in printed
+    assert "2 layers, 16 experts in each, 2 for each token" in printed
+    assert "agrees with the reference implementation" in printed
+    assert len(printed.splitlines()[-1]) > 40
+
+
+def test_a_model_that_disagrees_fails_the_demo(monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint())
+    model.lm_head.weight.data += 0.01
+    with pytest.raises(ValueError, match="logits differ by"):
+        compare_with_reference(model, tiny_checkpoint())
+
+
+def test_the_command_exits_with_one_sentence(monkeypatch):
+    def broken() -> None:
+        raise ValueError("what is wrong")
+
+    monkeypatch.setattr("skywork_hf.demo.run", broken)
+    with pytest.raises(SystemExit, match="skywork-hf: what is wrong"):
+        main(["demo"])
