@@ -1,10 +1,10 @@
-"""Loading a MoE checkpoint: `from_pretrained` of skywork_hf beside that of transformers' own Mixtral, on the same files.
+"""Loading a MoE checkpoint: `from_pretrained` of skywork_hf beside that of transformers' own Mixtral, same files.
 
     python benchmarks/load.py [--folder FOLDER] [--rounds 3]
 
-Writes a random bfloat16 checkpoint of 16 experts a layer (1.7 GB; Skywork-MoE's tensor names are Mixtral's), then loads
-it in fresh processes, one class after the other in each round. Reports medians and their ratios: the wall time of
-`from_pretrained`, and the private memory (RssAnon) that it added. The floor of both is near zero: weights that stay
+Writes a random bfloat16 checkpoint of 16 experts a layer (1.7 GB; Skywork-MoE's tensor names are Mixtral's), then
+loads it in fresh processes, one class after the other in each round. Reports medians and their ratios: the wall time
+of `from_pretrained`, and the private memory (RssAnon) that it added. The floor of both is near zero: weights that stay
 mapped from the files are neither read nor copied before they are used.
 
 To reach: at most 0.2 of Mixtral's time, at most 5 % of the checkpoint in private memory.

@@ -153,7 +153,6 @@ def test_defaults_are_those_of_the_released_models():
         ({"num_experts_per_tok": 0}, "num_experts_per_tok"),
         ({"moe_expert_interval": 0}, "moe_expert_interval"),
         ({"experts_layout": "sparse"}, "experts_layout"),
-        ({"sliding_window": 128}, "sliding_window"),
         ({"router_jitter_noise": 0.1}, "router_jitter_noise"),
     ],
 )

@@ -4,6 +4,8 @@
 import os
 import runpy
 import sys
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 
 import skywork_hf  # noqa: F401  (importing registers)
 
@@ -15,7 +17,7 @@ def main() -> None:
         case ["-m", module, *args]:
             sys.argv = [module, *args]
             sys.path.insert(0, os.getcwd())
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
+            _run_module(module)
         case [script, *args] if not script.startswith("-"):
             sys.argv = [script, *args]
             sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
@@ -24,6 +26,16 @@ def main() -> None:
             print(USAGE)
         case _:
             sys.exit(USAGE)
+
+
+def _run_module(name: str) -> None:
+    spec = find_spec(name)
+    is_package = spec is not None and spec.submodule_search_locations is not None
+    commands = entry_points(group="console_scripts", name=name)
+    # Some packages, transformers and trl among them, are commands but cannot be run as modules.
+    if is_package and commands and find_spec(f"{name}.__main__") is None:
+        sys.exit(next(iter(commands)).load()())
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -236,6 +236,7 @@ class SkyworkMoeConfig(_SkyworkConfigMixin, MixtralConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         released = {"num_experts": kwargs.pop("num_experts", None)}
         self.num_local_experts = experts_of(released) or self.num_local_experts
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads  # dynamic rope wants a number
         super().__post_init__(**kwargs)
 
     @property
@@ -274,8 +275,6 @@ class SkyworkMoeConfig(_SkyworkConfigMixin, MixtralConfig):
             raise ValueError(f"`moe_gate_norm_std`={self.moe_gate_norm_std}: expected a number above 0.")
         if self.moe_expert_interval < 1:
             raise ValueError(f"`moe_expert_interval`={self.moe_expert_interval}: expected an integer of at least 1.")
-        if self.sliding_window is not None:
-            raise ValueError(f"`sliding_window`={self.sliding_window}: Skywork-MoE attends to the whole context.")
         if self.router_jitter_noise:
             raise ValueError(f"`router_jitter_noise`={self.router_jitter_noise}: Skywork-MoE's gate has no noise.")
         if self.experts_layout not in EXPERTS_LAYOUTS:

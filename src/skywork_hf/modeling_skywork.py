@@ -37,8 +37,8 @@ class SkyworkForCausalLM(SkyworkPreTrainedModel, LlamaForCausalLM):
     """Skywork-13B with its language-model head: `logits` [batch, tokens, vocab_size]."""
 
     def __init__(self, config: SkyworkConfig) -> None:
-        # Past LlamaForCausalLM's own, which would build a LlamaModel.
-        SkyworkPreTrainedModel.__init__(self, config)
+        # Past LlamaForCausalLM's own, which would build a LlamaModel; SkyworkModel checks the config.
+        LlamaPreTrainedModel.__init__(self, config)
         self.model = SkyworkModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -252,9 +252,15 @@ class SkyworkMoePreTrainedModel(MixtralPreTrainedModel):
     }
 
     def __init__(self, config: SkyworkMoeConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        # Not super(): in our subclasses that is MixtralModel or MixtralForCausalLM, which would build Mixtral first.
+        MixtralPreTrainedModel.__init__(self, config, *args, **kwargs)
         # The modular layout asks the host which experts were chosen, once a layer.
         self._can_compile_fullgraph = config.experts_layout == "fused"
+
+    def is_custom_code(self) -> bool:  # type: ignore[override]
+        """Whether transformers leaves the names of the weights alone, in files and in adapters of PEFT: it does so for
+        what it takes for custom code, and merges the experts of the fused layout."""
+        return self.config.experts_layout == "modular"
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

@@ -11,7 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
 )
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import USER_REGISTERED_MAPPINGS, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
 from transformers.utils import logging
@@ -40,6 +40,8 @@ def register() -> None:
     _warn_if_taken(REGISTERED_TOKENIZER_CLASSES, SkyworkTokenizer.__name__, SkyworkTokenizer)
     REGISTERED_TOKENIZER_CLASSES[SkyworkTokenizer.__name__] = SkyworkTokenizer
     register_checkpoint_conversion_mapping(SkyworkMoeConfig.model_type, _fused_experts_conversion(), overwrite=True)
+    # So that transformers asks each model: see `SkyworkMoePreTrainedModel.is_custom_code`.
+    USER_REGISTERED_MAPPINGS.discard(SkyworkMoeConfig.model_type)
 
 
 def _warn_if_taken(registry: Any, name: str, ours: type) -> None:
@@ -52,8 +54,7 @@ def _warn_if_taken(registry: Any, name: str, ours: type) -> None:
 
 
 def _fused_experts_conversion() -> list[WeightConverter | WeightRenaming]:
-    """One matrix per expert in the files, 3-D parameters in the fused layout. Where a model has no parameter of the
-    merged name, as in the modular layout, transformers loads the tensors under their own names."""
+    """One matrix per expert in the files, 3-D parameters in the fused layout."""
     experts = "block_sparse_moe.experts"
     return [
         WeightConverter(

@@ -1,11 +1,11 @@
-"""The tokenizer of the Skywork models: a SentencePiece BPE vocabulary on the tokenizers library, and the chat format."""
+"""The tokenizer of the Skywork models, a SentencePiece BPE on the tokenizers library, and their chat format."""
 
 from __future__ import annotations
 
 import os
 import re
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 from transformers import TokenizersBackend
+from transformers.convert_slow_tokenizer import SentencePieceExtractor
+from transformers.tokenization_utils_base import import_protobuf_decode_error
 from transformers.utils import logging
 
 if TYPE_CHECKING:
@@ -21,8 +23,9 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 CHAT_TOKENS = ("[USER]", "[BOT]", "[SEP]")  # in the order of their ids
+SEP = CHAT_TOKENS[2]
 
-# One turn is `</s><s>[USER]question[SEP][BOT]`. The `</s>` that opens the next turn ends the answer before it.
+# A question is `</s><s>[USER]question[SEP][BOT]`. The `</s>` of the next one ends the answer before it.
 CHAT_TEMPLATE = """\
 {%- macro text(message) -%}
     {%- if message.content is not string -%}
@@ -44,7 +47,7 @@ CHAT_TEMPLATE = """\
             ~ 'message ' ~ (loop.index + (1 if has_system else 0)) ~ ' has the role ' ~ message.role ~ ', not '
             ~ expected ~ '.') -}}
     {%- elif expected == 'user' -%}
-        {{- bos_token ~ '[USER]' ~ (system ~ '\\n\\n' if loop.first and system else '') ~ text(message) -}}
+        {{- bos_token ~ '[USER]' ~ (system ~ '\\n' if loop.first and system else '') ~ text(message) -}}
         {{- '[SEP][BOT]' -}}
     {%- else -%}
         {%- generation -%}
@@ -54,10 +57,6 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 """
 
-# The normalizer removes it, but not before added tokens are looked for: inside a token's name, it makes that name text.
-# Unicode promises that these two code points will never be characters.
-BREAK = "\ufdd0\ufdef"
-
 SPACE = "▁"  # as SentencePiece writes it
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 
@@ -65,7 +64,7 @@ BYTE = re.compile("<0x[0-9A-F]{2}>")
 class SkyworkTokenizer(TokenizersBackend):
     """
     The ids and the decoded text of the original `SkyworkTokenizer`, a slow class of 2023 on the sentencepiece library,
-    from `tokenizer.model` or `tokenizer.json` alone. Neither sentencepiece nor protobuf is needed.
+    from `tokenizer.model` or `tokenizer.json` alone.
 
     Habits of the original that most tokenizers do not have:
 
@@ -75,12 +74,13 @@ class SkyworkTokenizer(TokenizersBackend):
     * Tokens that `add_tokens` gets as strings swallow the white space around them in a text. In decoded text one space
       separates them from the rest (`spaces_between_special_tokens=False`: none).
 
-    Chats: `apply_chat_template` writes `</s><s>[USER]question[SEP][BOT]`, whatever `add_generation_prompt` says, and
-    gives the ids of the original `special_encode`. Further turns follow as `answer</s><s>[USER]question[SEP][BOT]`. A
-    system message stands at the start of the first question, before an empty line. The assistant mask covers each
-    answer and the `</s>` after it. Messages lose white space at both ends and all `\\r`. Special tokens in messages are
-    text, chat tokens are tokens, as they were; `sanitize_control_tokens=True` makes all of them text. A rendered chat
-    (`tokenize=False`) does not show which is which, so it is best tokenized by `apply_chat_template` itself.
+    Chats: `apply_chat_template` writes `</s><s>[USER]question[SEP][BOT]`, with the ids of the original
+    `special_encode`; `[BOT]` belongs to the question, whatever `add_generation_prompt` says. Further turns follow as
+    `answer</s><s>[USER]question[SEP][BOT]`. A system message stands at the start of the first question, on lines of
+    its own. The assistant mask covers each answer and the `</s>` after it. Messages lose white space at both ends and
+    all `\\r`. Special tokens in messages are text and chat tokens are tokens, as they were;
+    `sanitize_control_tokens=True` makes all of them text. A rendered chat (`tokenize=False`) does not show which is
+    which, so let `apply_chat_template` tokenize.
 
     Args:
         vocab: the path of `tokenizer.model`, or the pieces and their ids, to go with `merges`.
@@ -98,7 +98,8 @@ class SkyworkTokenizer(TokenizersBackend):
     vocab_files_names = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "left"
-    model = BPE
+    model = BPE  # type: ignore[assignment]
+    _tokenizer: Tokenizer  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -111,16 +112,17 @@ class SkyworkTokenizer(TokenizersBackend):
         split_special_tokens: bool = True,
         **kwargs: Any,
     ) -> None:
-        for name in ("auto_map", "legacy", "sp_model_kwargs"):  # of the original class
+        # Of the original class, and of the way here.
+        for name in ("auto_map", "legacy", "sp_model_kwargs", "is_local", "local_files_only"):
             kwargs.pop(name, None)
-        if isinstance(vocab, (str, os.PathLike)):
-            kwargs["vocab_file"] = str(vocab)
+        if kwargs.get("tokenizer_object") is not None:
+            kwargs.pop("added_tokens_decoder", None)  # of the tokenizer that this one was trained after
         ready_made = any(kwargs.get(name) is not None for name in ("tokenizer_object", "tokenizer_file"))
         if not ready_made:
-            if isinstance(vocab, dict):
-                self._tokenizer = _tokenizer(vocab, merges or [])
-            else:
-                self._tokenizer = _tokenizer_of_sentencepiece(kwargs.get("vocab_file"))
+            if not isinstance(vocab, dict):
+                kwargs["vocab_file"] = kwargs.get("vocab_file") if vocab is None else str(vocab)
+                vocab, merges, kwargs["added_tokens_decoder"] = _read_sentencepiece(**kwargs)
+            self._tokenizer = _tokenizer(vocab, merges or [])
             kwargs = {"add_bos_token": True, "add_eos_token": False, **kwargs}
         if kwargs.get("chat_template") is None:
             kwargs["chat_template"] = CHAT_TEMPLATE
@@ -138,11 +140,13 @@ class SkyworkTokenizer(TokenizersBackend):
         self._check_ids(kwargs.get("added_tokens_decoder") or {})
 
     @classmethod
-    def convert_to_native_format(cls, **kwargs: Any) -> dict[str, Any]:
-        """Leaves the files to `__init__`: transformers' way needs sentencepiece, and its merges are others."""
-        if all(kwargs.get(name) is None for name in cls.vocab_files_names):
-            raise FileNotFoundError(f"There is no tokenizer.json and no tokenizer.model in {kwargs['name_or_path']}.")
-        kwargs.pop("trust_remote_code", None)
+    def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """Ours for `tokenizer.model`, see `_read_sentencepiece`. A `tokenizer.json` is taken as it is."""
+        if kwargs.get("tokenizer_file") is None:
+            if kwargs.get("vocab_file") is None:
+                where = kwargs.get("name_or_path")
+                raise FileNotFoundError(f"There is no tokenizer.json and no tokenizer.model in {where}.")
+            kwargs["vocab"], kwargs["merges"], kwargs["added_tokens_decoder"] = _read_sentencepiece(**kwargs)
         return kwargs
 
     def _read_post_processor(self, given: dict[str, Any]) -> None:
@@ -186,11 +190,13 @@ class SkyworkTokenizer(TokenizersBackend):
         """
         before = len(self)
         self.add_tokens([token for token in CHAT_TOKENS if token not in self.added_tokens_encoder])
-        if model is not None and model.get_input_embeddings().weight.shape[0] < len(self):
-            model.resize_token_embeddings(len(self))
+        if model is not None:
+            embeddings: Any = model.get_input_embeddings()
+            if len(embeddings.weight) < len(self):
+                model.resize_token_embeddings(len(self))
         return len(self) - before
 
-    def apply_chat_template(
+    def apply_chat_template(  # type: ignore[override]
         self,
         conversation: Any,
         tools: list[Any] | None = None,
@@ -200,8 +206,6 @@ class SkyworkTokenizer(TokenizersBackend):
         continue_final_message: bool | str = False,
         tokenize: bool = True,
         sanitize_control_tokens: bool = False,
-        *args: Any,
-        tokenizer_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """
@@ -211,24 +215,27 @@ class SkyworkTokenizer(TokenizersBackend):
         Raises:
             jinja2.exceptions.TemplateError: the messages are not in the order of a chat, or not text.
         """
-        if tokenize:
-            self._add_missing_chat_tokens(self.get_chat_template(chat_template, tools))
-            as_text = self._control_tokens(every_one=sanitize_control_tokens)
-            conversation, tools, documents = (_as_text(inputs, as_text) for inputs in (conversation, tools, documents))
-            tokenizer_kwargs = {"split_special_tokens": False, **(tokenizer_kwargs or {})}
-        return super().apply_chat_template(
-            conversation,
-            tools,
-            documents,
-            chat_template,
-            add_generation_prompt,
-            continue_final_message,
-            tokenize,
-            sanitize_control_tokens and not tokenize,
-            *args,
-            tokenizer_kwargs=tokenizer_kwargs,
-            **kwargs,
-        )
+        how = (chat_template, add_generation_prompt, continue_final_message, tokenize)
+        if not tokenize:
+            return super().apply_chat_template(conversation, tools, documents, *how, sanitize_control_tokens, **kwargs)
+        self._add_missing_chat_tokens(self.get_chat_template(chat_template, tools))
+        names = self._names_that_are_text(every_one=sanitize_control_tokens)
+        mark = _character_not_in([conversation, tools, documents, kwargs])
+        conversation, tools, documents = (_marked(said, names, mark) for said in (conversation, tools, documents))
+        kwargs["tokenizer_kwargs"] = {"split_special_tokens": False, **(kwargs.get("tokenizer_kwargs") or {})}
+        with self._blind_to(mark):
+            return super().apply_chat_template(conversation, tools, documents, *how, **kwargs)
+
+    @contextmanager
+    def _blind_to(self, mark: str) -> Iterator[None]:
+        # Normalizers come after the search for added tokens: with the mark in it, the name of a token is only text.
+        normalizer = self._tokenizer.normalizer
+        remove = normalizers.Replace(mark, "")
+        self._tokenizer.normalizer = remove if normalizer is None else normalizers.Sequence([remove, normalizer])
+        try:
+            yield
+        finally:
+            self._tokenizer.normalizer = normalizer
 
     def _add_missing_chat_tokens(self, template: str) -> None:
         if all(token in self.added_tokens_encoder for token in CHAT_TOKENS if token in template):
@@ -239,19 +246,25 @@ class SkyworkTokenizer(TokenizersBackend):
             "fewer rows, as base models have, gets its rows by `tokenizer.add_chat_tokens(model)`."
         )
 
-    def _control_tokens(self, every_one: bool) -> list[str]:
+    def _names_that_are_text(self, every_one: bool) -> list[str]:
         tokens = self.added_tokens_decoder.values()
         return [token.content for token in tokens if every_one or (token.special and self.split_special_tokens)]
+
+    def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any) -> Any:
+        # transformers' has the white space that a token swallowed in the token.
+        encoded = self(text, pair, add_special_tokens=add_special_tokens, **kwargs)
+        return self.convert_ids_to_tokens(encoded["input_ids"])
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         special = set(self.all_special_tokens)
         string, text = "", None
         for is_special, run in groupby(tokens, key=special.__contains__):
+            names = list(run)
             if not is_special:
-                text = _decoded(list(run))
+                text = _decoded(names)
                 continue
             # The original puts the space before the text, not between the text and the special token.
-            string += "".join([*([] if text is None else [" ", text]), *run])
+            string += "".join(names if text is None else [" ", text, *names])
             text = None
         return string + (text or "")
 
@@ -263,30 +276,54 @@ class SkyworkTokenizer(TokenizersBackend):
         spaces_between_special_tokens: bool = True,
         **kwargs: Any,
     ) -> str:
-        # Not by the decoder in tokenizer.json, which knows nothing of these spaces, and which gives up all the bytes in
-        # a row where one character among them is incomplete.
-        ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        ids = ids["input_ids"] if isinstance(ids, dict) else ids
+        # Not by the decoder of the tokenizers library: it knows nothing of these spaces, and where bytes in a row hold
+        # an incomplete character, it gives up all of them.
+        ids: Any = token_ids["input_ids"] if isinstance(token_ids, dict) else token_ids
+        ids = [ids] if isinstance(ids, int) else ids
         tokens = [token for token in self.convert_ids_to_tokens(ids, skip_special_tokens) if token is not None]
         added = {token for token, index in self.added_tokens_encoder.items() if index >= self.vocab_size}
         strings: list[str] = []
         for is_added, run in groupby(tokens, key=added.__contains__):
-            strings += run if is_added else [self.convert_tokens_to_string(list(run))]
+            names = list(run)
+            strings += names if is_added else [self.convert_tokens_to_string(names)]
         string = (" " if spaces_between_special_tokens else "").join(strings)
-        clean = self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
-        return self.clean_up_tokenization(string) if clean else string
+        if clean_up_tokenization_spaces is None:
+            clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
+        return self.clean_up_tokenization(string) if clean_up_tokenization_spaces else string
 
 
-def _as_text(inputs: Any, tokens: list[str]) -> Any:
-    """What `inputs` says, with `BREAK`s in every one of the tokens."""
-    if isinstance(inputs, str):
-        # Templates remove `\r`: it must not hold a token apart until then.
-        pattern = "|".join("\r*".join(map(re.escape, token)) for token in tokens)
-        return re.sub(pattern, lambda match: BREAK.join([*match[0], ""]), inputs) if tokens else inputs
-    if isinstance(inputs, dict):
-        return {key: _as_text(value, tokens) for key, value in inputs.items()}
-    inputs = getattr(inputs, "messages", inputs)
-    return [_as_text(item, tokens) for item in inputs] if isinstance(inputs, (list, tuple)) else inputs
+def _strings(said: Any) -> Iterator[str]:
+    said = getattr(said, "messages", said)
+    if isinstance(said, str):
+        yield said
+    elif isinstance(said, (Mapping, list, tuple)):
+        for item in said.values() if isinstance(said, Mapping) else said:
+            yield from _strings(item)
+
+
+def _character_not_in(said: Any) -> str:
+    """One of those that Unicode keeps free for such uses, unless the text has all of them."""
+    text = set("".join(_strings(said)))
+    return next(character for character in map(chr, range(0xFDD0, 0x110000)) if character not in text)
+
+
+def _marked(said: Any, names: list[str], mark: str) -> Any:
+    """The same messages with marks in each of the names."""
+    if isinstance(said, str):
+        # The template removes `\r`, which must not hide a name until then.
+        pattern = "|".join("\r*".join(map(re.escape, name)) for name in [*names, SEP])
+        return re.sub(pattern, lambda found: _marked_name(found[0], names, mark), said)
+    said = getattr(said, "messages", said)
+    if isinstance(said, Mapping):
+        return {key: _marked(value, names, mark) for key, value in said.items()}
+    return [_marked(item, names, mark) for item in said] if isinstance(said, (list, tuple)) else said
+
+
+def _marked_name(found: str, names: list[str], mark: str) -> str:
+    if found.replace("\r", "") in names:
+        return mark.join([*found, ""])
+    # `special_encode` cuts the text here, before the tokenizer sees it and can swallow white space.
+    return f"{mark}{found}{mark}"
 
 
 def _decoded(pieces: list[str]) -> str:
@@ -318,101 +355,62 @@ def _tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenize
     tokenizer = Tokenizer(
         BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback="<0x00>" in vocab)
     )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Replace(BREAK, ""), normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
-    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", left=1)]
     )
     return tokenizer
 
 
-# The numbers of SentencePiece's protobuf: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
-PIECES, TRAINER_SPEC, NORMALIZER_SPEC = 1, 2, 3
-PIECE, SCORE, TYPE = 1, 2, 3
-NORMAL, USER_DEFINED = 1, 4
-MODEL_TYPE = 3
+NORMAL, USER_DEFINED = 1, 4  # types of SentencePiece's pieces
 BPE_MODEL = 2
-PRECOMPILED_CHARSMAP, ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES = 2, 3, 4
 
 
-def _tokenizer_of_sentencepiece(path: str | os.PathLike[str] | None) -> Tokenizer:
+def _read_sentencepiece(
+    vocab_file: str | os.PathLike[str] | None = None,
+    added_tokens_decoder: dict[int, AddedToken] | None = None,
+    **_: Any,
+) -> tuple[dict[str, int], list[tuple[str, str]], dict[int, AddedToken]]:
     """
-    The tokenizer in a `tokenizer.model`.
+    The vocabulary and the merges in a `tokenizer.model`, and the added tokens with those that the file defines.
 
-    Two pieces merge if the result is a normal piece, the one with the highest score first. transformers takes the order
-    of the ids for that of the scores, and builds `<s>` from text where its parts happen to be pieces.
+    Two pieces merge if the result is a normal piece, the one with the highest score first. (transformers takes the
+    order of the ids for that of the scores, and makes `<s>` from text where its parts happen to be pieces.)
     """
-    if path is None:
+    if vocab_file is None:
         raise ValueError("SkyworkTokenizer needs a tokenizer.model, a tokenizer.json, or a vocabulary and merges.")
-    pieces = _read_pieces(Path(path))
-    vocab = {piece: index for index, (piece, _, _) in enumerate(pieces)}
+    pieces = _read_pieces(Path(vocab_file))
     scores = {piece: score for piece, score, kind in pieces if kind == NORMAL}
     merges = []
     for piece in sorted(scores, key=lambda piece: -scores[piece]):
         cuts = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
         merges += [(left, right) for left, right in cuts if left in scores and right in scores]
-    merged = {left + right for left, right in merges}
-    if len({scores[piece] for piece in merged}) < len(merged):
+    results = {left + right for left, right in merges}
+    if len({scores[piece] for piece in results}) < len(results):
         logger.warning(
-            f"Pieces of {path} share a score. SentencePiece merges the leftmost of them first, the tokenizers library "
-            "the one with the lowest id: where two of them overlap in a text, ids can differ from the original's."
+            f"Pieces of {vocab_file} share a score. SentencePiece merges the leftmost of them first, the tokenizers "
+            "library the one with the lowest id: where two of them overlap in a text, ids can differ from the "
+            "original's."
         )
-    tokenizer = _tokenizer(vocab, merges)
-    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece, _, kind in pieces if kind == USER_DEFINED])
-    return tokenizer
+    defined = {i: AddedToken(piece) for i, (piece, _, kind) in enumerate(pieces) if kind == USER_DEFINED}
+    vocab = {piece: index for index, (piece, _, _) in enumerate(pieces)}
+    return vocab, merges, {**defined, **(added_tokens_decoder or {})}
 
 
 def _read_pieces(path: Path) -> list[tuple[str, float, int]]:
     """The pieces of a SentencePiece model, in the order of their ids, with their scores and types."""
-    data = path.read_bytes()
     try:
-        model = [(number, dict(_fields(value))) for number, value in _fields(data) if number <= NORMALIZER_SPEC]
-        pieces = [
-            (piece[PIECE].decode(), *struct.unpack("<f", piece.get(SCORE, bytes(4))), piece.get(TYPE, NORMAL))
-            for number, piece in model
-            if number == PIECES
-        ]
-        trainer, normalizer = (dict(model).get(number, {}) for number in (TRAINER_SPEC, NORMALIZER_SPEC))
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, struct.error) as error:
-        pointer = data.startswith(b"version https://git-lfs")
+        model = SentencePieceExtractor(str(path)).proto
+    except import_protobuf_decode_error() as error:
+        pointer = path.read_bytes().startswith(b"version https://git-lfs")
         hint = "it is a pointer of Git LFS, so fetch the file itself" if pointer else "it is damaged or something else"
         raise ValueError(f"{path} is not a SentencePiece model: {hint}.") from error
-    is_bpe = trainer.get(MODEL_TYPE) == BPE_MODEL
-    keeps_text = not normalizer.get(PRECOMPILED_CHARSMAP) and not normalizer.get(REMOVE_EXTRA_WHITESPACES, True)
-    if not (pieces and is_bpe and keeps_text and normalizer.get(ADD_DUMMY_PREFIX, True)):
+    normalizer = model.normalizer_spec
+    keeps_text = not normalizer.precompiled_charsmap and not normalizer.remove_extra_whitespaces
+    is_bpe = model.trainer_spec.model_type == BPE_MODEL
+    if not (model.pieces and is_bpe and keeps_text and normalizer.add_dummy_prefix):
         raise ValueError(
-            f"{path} is not a Skywork tokenizer: that is a SentencePiece model of the BPE kind that begins a text with "
-            "a space and changes nothing else."
+            f"{path} is not a Skywork tokenizer: that is a SentencePiece model of the BPE kind that puts a space "
+            "before a text and changes nothing else."
         )
-    return pieces
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of a protobuf message: their numbers, and their values as integers or bytes."""
-    position = 0
-    while position < len(data):
-        key, position = _varint(data, position)
-        if key & 7 == 0:
-            value, position = _varint(data, position)
-            yield key >> 3, value
-            continue
-        if key & 7 == 2:
-            size, position = _varint(data, position)
-        else:
-            size = {1: 8, 5: 4}[key & 7]
-        if position + size > len(data):
-            raise ValueError("the message ends early")
-        yield key >> 3, data[position : position + size]
-        position += size
-
-
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[position]
-        value |= (byte & 127) << shift
-        shift += 7
-        position += 1
-        if byte < 128:
-            return value, position
+    return [(piece.piece, piece.score, piece.type) for piece in model.pieces]

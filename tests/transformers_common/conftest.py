@@ -23,8 +23,10 @@ from .skips import SKIPS
 HERE = Path(__file__).parent
 SDIST = os.environ.get("TRANSFORMERS_SDIST")
 
-THEIR_MARKERS = """accelerate_tests flash_attn_test flash_attn_3_test flash_attn_4_test is_expert_parallel_test is_fsdp_test
-is_pipeline_test is_staging_test is_tensor_parallel_test is_training_test not_device_test"""
+THEIR_MARKERS = """
+accelerate_tests flash_attn_test flash_attn_3_test flash_attn_4_test is_expert_parallel_test is_fsdp_test
+is_pipeline_test is_staging_test is_tensor_parallel_test is_training_test order slow torch_compile_test
+"""
 
 collect_ignore = ["stand_ins"]
 

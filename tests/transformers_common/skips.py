@@ -1,6 +1,23 @@
-"""Every common test of transformers that is not run on a class of ours, and why: module and class of ours, to the
-tests' names (`*` stands for anything), to the reason. `test_modeling.py` fails where a name is no test any more."""
+"""Every common test of transformers that we do not run on a class of ours, and why. (Those that transformers' tests
+skip by themselves, `pytest -ra` lists with their reasons.)
+
+Module and class of ours, to the tests' names (`*` stands for anything), to the reason. `test_modeling.py` fails where
+a name is no test any more.
+"""
 
 from __future__ import annotations
 
-SKIPS: dict[str, dict[str, str]] = {}
+_ONE_LOOP = {
+    "test_eager_matches_batched_and_grouped_inference_*": "compares the fused layout's implementations of experts; the "
+    "modular layout has one",
+}
+
+SKIPS: dict[str, dict[str, str]] = {
+    "test_modeling.SkyworkMoeModularTest": _ONE_LOOP,
+    "test_modeling.SkyworkMoeInterleavedTest": _ONE_LOOP,
+    "test_tokenization.SkyworkTokenizersBackendTest": {
+        "test_alignment_methods": "It counts words, and there are none: to SentencePiece, the whole text is one word.",
+        "test_training_new_tokenizer": "It expects that decoded text is normalized text, `▁` for spaces and all.",
+        "test_training_new_tokenizer_with_special_tokens_change": "As test_training_new_tokenizer.",
+    },
+}

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import unittest
+from fnmatch import filter as matching
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 from tests.generation.test_utils import GenerationTesterMixin
 from tests.test_configuration_common import ConfigTester
 from tests.test_modeling_common import ModelTesterMixin, ids_tensor
 from tests.test_training_mixin import TrainingTesterMixin
+from transformers.distributed.parallel_utils import _get_parameter_plan, replace_layer_number_by_wildcard
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 from transformers.testing_utils import torch_device
 
 from skywork_hf import (
@@ -22,6 +32,7 @@ from skywork_hf import (
     SkyworkMoeModel,
 )
 from tests import test_expert_parallel_mixin, test_fsdp_mixin, test_tensor_parallel_mixin
+from tests.transformers_common.skips import SKIPS
 
 # Their lists of model types that are worth the time, transformers' own; None is every type.
 test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
@@ -29,7 +40,10 @@ test_expert_parallel_mixin.EP_DISTRIBUTED_TEST_MODEL_TYPES = None
 test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
 
 
-class Tester:
+ROLES = (MODEL_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
+
+
+class ModelTester:
     """What the common tests ask about a model: a tiny config, and inputs for it."""
 
     is_training = True
@@ -68,16 +82,36 @@ class CommonTests(
     config_class: type
     changes: dict[str, Any] = {}
     model_tester = None
+    test_can_init_all_missing_weights_before_2023 = True  # it takes files without a year for old ones
 
     def setUp(self) -> None:
         super().setUp()
-        self.model_tester = Tester(self.config_class, self.all_model_classes[1], **self.changes)
+        self.model_tester = ModelTester(self.config_class, self.all_model_classes[1], **self.changes)
+        # These names, to which AutoModel.register does not add, tell the common tests what a class is for.
+        for names, model_class in zip(ROLES, self.all_model_classes, strict=False):
+            patch = mock.patch.dict(names, {self.config_class.model_type: model_class.__name__})
+            patch.start()
+            self.addCleanup(patch.stop)
 
     def test_config(self) -> None:
         ConfigTester(self, config_class=self.config_class, **self.changes).run_common_tests()
 
-    def test_every_key_of_the_parallel_plans_is_in_the_model(self) -> None:
-        model = SkyworkMoeForCausalLM
+    def test_every_rule_of_the_parallel_plans_names_something(self) -> None:
+        config = self.model_tester.get_config()
+        for model_class in self.all_model_classes:
+            model = model_class(config)
+            named = [*model.named_modules(), *model.named_parameters()]
+            names = {replace_layer_number_by_wildcard(name) for name, _ in named}
+            assert model.tp_plan.keys() | model.ep_plan.keys() <= names
+
+    def test_the_tensor_parallel_plan_shards_all_but_norms_and_gates(self) -> None:
+        model = self.all_model_classes[1](self.model_tester.get_config())
+        whole = {
+            name.removesuffix(".weight").rpartition(".")[2]
+            for name, _ in model.named_parameters()
+            if _get_parameter_plan(name, model.tp_plan) is None
+        }
+        assert whole <= {"norm", "input_layernorm", "post_attention_layernorm", "gate", "0", "2"}
 
 
 class SkyworkTest(CommonTests, unittest.TestCase):
@@ -85,18 +119,25 @@ class SkyworkTest(CommonTests, unittest.TestCase):
     all_model_classes = (SkyworkModel, SkyworkForCausalLM, SkyworkForSequenceClassification)
 
 
-class SkyworkMoeModularTest(CommonTests, unittest.TestCase):
+class SkyworkMoeFusedTest(test_expert_parallel_mixin.ExpertParallelTesterMixin, CommonTests, unittest.TestCase):
     config_class = SkyworkMoeConfig
     all_model_classes = (SkyworkMoeModel, SkyworkMoeForCausalLM)
-    changes = {"num_local_experts": 4}
+    changes = {"num_local_experts": 4, "experts_layout": "fused"}
     test_all_params_have_gradient = False  # those of an expert that no token chose have none
 
 
-class SkyworkMoeFusedTest(test_expert_parallel_mixin.ExpertParallelTesterMixin, SkyworkMoeModularTest):
-    changes = {**SkyworkMoeModularTest.changes, "experts_layout": "fused"}
+class SkyworkMoeModularTest(SkyworkMoeFusedTest):
+    changes = {"num_local_experts": 4}
 
 
 class SkyworkMoeInterleavedTest(SkyworkMoeModularTest):
     """Dense layers between MoE layers, and the two-layer gate."""
 
-    changes = {**SkyworkMoeModularTest.changes, "moe_expert_interval": 2, "moe_2layer_gate": True}
+    changes = {"num_local_experts": 4, "moe_expert_interval": 2, "moe_2layer_gate": True}
+
+
+@pytest.mark.parametrize("listed", SKIPS)
+def test_every_listed_skip_is_of_a_test(listed: str) -> None:
+    module, _, name = listed.partition(".")
+    tests = dir(getattr(importlib.import_module(f"tests.transformers_common.{module}"), name))
+    assert [pattern for pattern in SKIPS[listed] if not matching(tests, pattern)] == []
