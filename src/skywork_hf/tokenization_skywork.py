@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
+import struct
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 from transformers import TokenizersBackend
-from transformers.convert_slow_tokenizer import SentencePieceExtractor
-from transformers.tokenization_utils_base import import_protobuf_decode_error
 from transformers.utils import logging
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ BYTE = re.compile("<0x[0-9A-F]{2}>")
 class SkyworkTokenizer(TokenizersBackend):
     """
     The ids and the decoded text of the original `SkyworkTokenizer`, a slow class of 2023 on the sentencepiece library,
-    from `tokenizer.model` or `tokenizer.json` alone.
+    from `tokenizer.model` or `tokenizer.json` alone. Neither sentencepiece nor protobuf is needed.
 
     Habits of the original that most tokenizers do not have:
 
@@ -223,19 +222,21 @@ class SkyworkTokenizer(TokenizersBackend):
         mark = _character_not_in([conversation, tools, documents, kwargs])
         conversation, tools, documents = (_marked(said, names, mark) for said in (conversation, tools, documents))
         kwargs["tokenizer_kwargs"] = {"split_special_tokens": False, **(kwargs.get("tokenizer_kwargs") or {})}
-        with self._blind_to(mark):
-            return super().apply_chat_template(conversation, tools, documents, *how, **kwargs)
+        return super(SkyworkTokenizer, self._blind_to(mark)).apply_chat_template(
+            conversation, tools, documents, *how, **kwargs
+        )
 
-    @contextmanager
-    def _blind_to(self, mark: str) -> Iterator[None]:
+    def _blind_to(self, mark: str) -> SkyworkTokenizer:
+        """The same tokenizer but for the mark, which it removes. One of its own, so that threads can share this one."""
+        ours, theirs = self._tokenizer, Tokenizer(self._tokenizer.model)
+        theirs.add_tokens([token for _, token in sorted(self.added_tokens_decoder.items())])
         # Normalizers come after the search for added tokens: with the mark in it, the name of a token is only text.
-        normalizer = self._tokenizer.normalizer
         remove = normalizers.Replace(mark, "")
-        self._tokenizer.normalizer = remove if normalizer is None else normalizers.Sequence([remove, normalizer])
-        try:
-            yield
-        finally:
-            self._tokenizer.normalizer = normalizer
+        theirs.normalizer = remove if ours.normalizer is None else normalizers.Sequence([remove, ours.normalizer])
+        theirs.pre_tokenizer, theirs.post_processor = ours.pre_tokenizer, ours.post_processor
+        twin = copy.copy(self)
+        twin._tokenizer = theirs
+        return twin
 
     def _add_missing_chat_tokens(self, template: str) -> None:
         if all(token in self.added_tokens_encoder for token in CHAT_TOKENS if token in template):
@@ -362,8 +363,12 @@ def _tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenize
     return tokenizer
 
 
-NORMAL, USER_DEFINED = 1, 4  # types of SentencePiece's pieces
-BPE_MODEL = 2
+# The numbers in https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
+PIECES, TRAINER_SPEC, NORMALIZER_SPEC = 1, 2, 3
+PIECE, SCORE, TYPE = 1, 2, 3
+NORMAL, USER_DEFINED = 1, 4  # types of pieces
+MODEL_TYPE, BPE_MODEL = 3, 2
+PRECOMPILED_CHARSMAP, ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES = 2, 3, 4
 
 
 def _read_sentencepiece(
@@ -399,18 +404,56 @@ def _read_sentencepiece(
 
 def _read_pieces(path: Path) -> list[tuple[str, float, int]]:
     """The pieces of a SentencePiece model, in the order of their ids, with their scores and types."""
+    data = path.read_bytes()
     try:
-        model = SentencePieceExtractor(str(path)).proto
-    except import_protobuf_decode_error() as error:
-        pointer = path.read_bytes().startswith(b"version https://git-lfs")
+        model = [(number, dict(_fields(value))) for number, value in _fields(data) if number <= NORMALIZER_SPEC]
+        pieces = [
+            (piece[PIECE].decode(), *struct.unpack("<f", piece.get(SCORE, bytes(4))), piece.get(TYPE, NORMAL))
+            for number, piece in model
+            if number == PIECES
+        ]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, struct.error) as error:
+        pointer = data.startswith(b"version https://git-lfs")
         hint = "it is a pointer of Git LFS, so fetch the file itself" if pointer else "it is damaged or something else"
         raise ValueError(f"{path} is not a SentencePiece model: {hint}.") from error
-    normalizer = model.normalizer_spec
-    keeps_text = not normalizer.precompiled_charsmap and not normalizer.remove_extra_whitespaces
-    is_bpe = model.trainer_spec.model_type == BPE_MODEL
-    if not (model.pieces and is_bpe and keeps_text and normalizer.add_dummy_prefix):
+    trainer, normalizer = (dict(model).get(spec, {}) for spec in (TRAINER_SPEC, NORMALIZER_SPEC))
+    is_bpe = trainer.get(MODEL_TYPE) == BPE_MODEL
+    keeps_text = not normalizer.get(PRECOMPILED_CHARSMAP) and not normalizer.get(REMOVE_EXTRA_WHITESPACES, True)
+    if not (pieces and is_bpe and keeps_text and normalizer.get(ADD_DUMMY_PREFIX, True)):
         raise ValueError(
             f"{path} is not a Skywork tokenizer: that is a SentencePiece model of the BPE kind that puts a space "
             "before a text and changes nothing else."
         )
-    return [(piece.piece, piece.score, piece.type) for piece in model.pieces]
+    return pieces
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """The fields of a protobuf message: their numbers, and their values as integers or bytes."""
+    position = 0
+    while position < len(message):
+        key, position = _varint(message, position)
+        number, wire_type = key >> 3, key & 7
+        if wire_type == 0:
+            value, position = _varint(message, position)
+            yield number, value
+            continue
+        if wire_type == 2:
+            size, position = _varint(message, position)
+        else:
+            size = {1: 8, 5: 4}[wire_type]
+        if position + size > len(message):
+            raise ValueError("The message ends early.")
+        yield number, message[position : position + size]
+        position += size
+
+
+def _varint(message: bytes, position: int) -> tuple[int, int]:
+    """An integer of seven bits a byte, the lowest first, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = message[position]
+        value |= (byte & 127) << shift
+        shift += 7
+        position += 1
+        if byte < 128:
+            return value, position

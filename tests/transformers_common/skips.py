@@ -8,8 +8,8 @@ a name is no test any more.
 from __future__ import annotations
 
 _ONE_LOOP = {
-    "test_eager_matches_batched_and_grouped_inference_*": "compares the fused layout's implementations of experts; the "
-    "modular layout has one",
+    "test_eager_matches_batched_and_grouped_inference_*": "It compares implementations of the experts, of which the "
+    "modular layout has one.",
 }
 
 SKIPS: dict[str, dict[str, str]] = {
