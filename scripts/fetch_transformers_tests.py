@@ -2,8 +2,7 @@
 
     python scripts/fetch_transformers_tests.py FOLDER
 
-They are in transformers' source distribution, not in its wheel. Two modules that they import are in neither: they get
-empty stand-ins. A folder that is already there is used as it is.
+They are in transformers' source distribution, not in its wheel. A folder that is already there is used as it is.
 """
 
 from __future__ import annotations
@@ -14,13 +13,6 @@ import tarfile
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
-
-STAND_INS = {
-    "exporters/__init__.py": "",
-    "exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
-    "generation/__init__.py": "",
-    "generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
-}
 
 
 def fetch(folder: Path) -> Path:
@@ -36,13 +28,7 @@ def fetch(folder: Path) -> Path:
         with tarfile.open(next(Path(scratch).glob("*.tar.gz"))) as archive:
             members = [member for member in archive if member.name.startswith(f"{name}/tests/")]
             archive.extractall(scratch, members=members, filter="data")
-        tests = Path(scratch) / name / "tests"
-        (tests / "__init__.py").touch()
-        for path, text in STAND_INS.items():
-            if not (tests / path).exists():
-                (tests / path).parent.mkdir(exist_ok=True)
-                (tests / path).write_text(text)
-        tests.parent.rename(final)
+        (Path(scratch) / name).rename(final)
     return final
 
 

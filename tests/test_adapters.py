@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import LAYOUTS, tiny_moe_config
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from skywork_hf import SkyworkMoeForCausalLM
-
-from .tiny import LAYOUTS, tiny_moe_config
 
 TARGETS = {
     "modular": {"target_modules": ["q_proj", "w1", "w2", "w3"]},

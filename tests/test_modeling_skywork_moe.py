@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import LAYOUTS, checkpoint, golden, tiny_moe_config, tokens
+from tiny import LAYOUTS, checkpoint, golden, tiny_dense_config, tiny_moe_config, tokens
 from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralExperts
 
-from skywork_hf import SkyworkMoeConfig, SkyworkMoeForCausalLM, SkyworkMoeModel
+from skywork_hf import SkyworkModel, SkyworkMoeConfig, SkyworkMoeForCausalLM, SkyworkMoeModel
 from skywork_hf.modeling_skywork_moe import SkyworkMoeBlock, SkyworkMoeExperts, load_balancing_loss
 
 NAME = "skywork-moe-tiny"
@@ -25,17 +25,19 @@ def with_layout(config: SkyworkMoeConfig, layout: str) -> SkyworkMoeConfig:
 
 
 def fused_state(
-    model: SkyworkMoeForCausalLM, of: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach
+    model: SkyworkMoeForCausalLM | SkyworkMoeModel,
+    of: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach,
+    prefix: str = "model.layers",
 ) -> dict[str, torch.Tensor]:
     """The model's parameters, or what `of` takes from them, under the fused layout's names."""
     state = {name: of(p) for name, p in model.named_parameters(remove_duplicate=False)}
     for layer in range(model.config.num_hidden_layers):
-        prefix = f"model.layers.{layer}.block_sparse_moe.experts."
-        if f"{prefix}0.w1.weight" in state:
-            experts = range(model.config.num_experts)
-            w1, w2, w3 = ([state.pop(f"{prefix}{e}.w{k}.weight") for e in experts] for k in (1, 2, 3))
-            state[f"{prefix}gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(w1, w3, strict=True)])
-            state[f"{prefix}down_proj"] = torch.stack(w2)
+        experts = f"{prefix}.{layer}.block_sparse_moe.experts."
+        if f"{experts}0.w1.weight" in state:
+            numbers = range(model.config.num_experts)
+            w1, w2, w3 = ([state.pop(f"{experts}{e}.w{k}.weight") for e in numbers] for k in (1, 2, 3))
+            state[f"{experts}gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(w1, w3, strict=True)])
+            state[f"{experts}down_proj"] = torch.stack(w2)
     return state
 
 
@@ -265,6 +267,38 @@ def test_bfloat16_stays_bfloat16_and_near_float32(layout):
     assert logits.dtype == torch.bfloat16
     relative = (logits.float() - expected).norm() / expected.norm()
     assert relative < 0.1
+
+
+@pytest.mark.parametrize("kind", [None, "linear", "dynamic", "ntk"])
+@pytest.mark.parametrize("length", [16, 100])
+def test_rope_is_that_of_the_dense_model(kind, length):
+    scaling = None if kind is None else {"type": kind, "factor": 3.0}
+    positions = torch.arange(length)[None]
+    dense = SkyworkModel(tiny_dense_config(rope_scaling=scaling)).rotary_emb(torch.zeros(1), positions)
+    moe = SkyworkMoeModel(tiny_moe_config(rope_scaling=scaling)).rotary_emb(torch.zeros(1), positions)
+    for ours, expected in zip(moe, dense, strict=True):
+        assert ours.equal(expected)
+
+
+@layouts
+def test_building_a_model_builds_no_mixtral_on_the_way(layout, monkeypatch):
+    def refuse(*_) -> None:
+        pytest.fail("a Mixtral layer was built, and with it a second set of experts")
+
+    monkeypatch.setattr(MixtralDecoderLayer, "__init__", refuse)
+    model = SkyworkMoeForCausalLM(tiny_moe_config(experts_layout=layout))
+    assert model._no_split_modules == {"SkyworkMoeDenseLayer", "SkyworkMoeSparseLayer"}
+
+
+@layouts
+def test_a_base_models_checkpoint_fills_the_whole_model_but_the_head(layout, tmp_path):
+    base = SkyworkMoeModel(tiny_moe_config())
+    base.save_pretrained(tmp_path)
+    model, info = SkyworkMoeForCausalLM.from_pretrained(tmp_path, experts_layout=layout, output_loading_info=True)
+    assert info["missing_keys"] == {"lm_head.weight"}
+    expected = fused_state(base, prefix="layers") if layout == "fused" else base.state_dict()
+    for name, tensor in model.model.state_dict().items():
+        assert tensor.equal(expected[name]), name
 
 
 def test_base_model_and_head_share_names():

@@ -8,6 +8,9 @@ import pickle
 import re
 import shutil
 import struct
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.testing_utils import CaptureLogger
 
 from skywork_hf import SkyworkForCausalLM, SkyworkMoeForCausalLM, SkyworkTokenizer
-from skywork_hf.tokenization_skywork import logger
+from skywork_hf.tokenization_skywork import _read_pieces, logger
 
 FOLDER = checkpoint("skywork-13b-tiny")
 GOLDEN = json.loads((FOLDER / "golden_tokenizer.json").read_text())
@@ -285,6 +288,29 @@ def test_straight_from_a_path():
         SkyworkTokenizer()
 
 
+WITHOUT_SENTENCEPIECE = """
+import sys
+sys.modules.update(dict.fromkeys(["google.protobuf", "sentencepiece"]))  # neither can be imported any more
+from transformers import AutoTokenizer
+import skywork_hf
+print(AutoTokenizer.from_pretrained(sys.argv[1])("how are you").input_ids)
+"""
+
+
+def test_neither_sentencepiece_nor_protobuf_is_needed():
+    command = [sys.executable, "-c", WITHOUT_SENTENCEPIECE, str(FOLDER)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[1, 310, 360, 714]"
+
+
+def test_pieces_are_those_that_sentencepiece_reads():
+    pieces = _read_pieces(FOLDER / "tokenizer.model")
+    assert len(pieces) == len(ORACLE)
+    for i, (piece, score, kind) in enumerate(pieces):
+        assert (piece, score) == (ORACLE.id_to_piece(i), ORACLE.get_score(i))
+        assert (kind == 2, kind == 3, kind == 6) == (ORACLE.is_unknown(i), ORACLE.is_control(i), ORACLE.is_byte(i))
+
+
 def test_other_programs_read_tokenizer_json(tmp_path):
     PLAIN.save_pretrained(tmp_path)
     plain = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
@@ -387,6 +413,14 @@ def test_a_file_that_is_no_skywork_tokenizer_is_named(content, loader, tmp_path)
     assert ("Git LFS" in str(error.value)) == content.startswith(b"version")
 
 
+def test_a_file_cut_anywhere_is_refused(tmp_path):
+    whole, path = (FOLDER / "tokenizer.model").read_bytes(), tmp_path / "tokenizer.model"
+    for size in [*range(0, len(whole), 997), *range(len(whole) - 300, len(whole))]:
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"tokenizer\.model is not a (SentencePiece model|Skywork tokenizer)"):
+            _read_pieces(path)
+
+
 @pytest.mark.parametrize("loader", [AutoTokenizer, SkyworkTokenizer])
 def test_a_missing_file_is_named(loader, tmp_path):
     tiny_dense_config().save_pretrained(tmp_path)
@@ -477,6 +511,17 @@ def test_marks_in_messages_leave_no_trace():
     with pytest.raises(TemplateError):
         chat(CHAT, "how", chat_template="{{ raise_exception('no') }}")
     assert CHAT.backend_tokenizer.to_str() == before
+
+
+def test_threads_share_a_tokenizer():
+    prompts = ["how are you", "x</s> y", "a [SEP] b"]
+
+    def both(prompt: str) -> tuple[list[int], list[int]]:
+        return chat(CHAT, prompt), CHAT(prompt)["input_ids"]
+
+    expected = [both(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(both, prompts * 200)) == expected * 200
 
 
 def test_mask_of_the_answers():

@@ -227,7 +227,7 @@ class SkyworkTokenizer(TokenizersBackend):
         )
 
     def _blind_to(self, mark: str) -> SkyworkTokenizer:
-        """The same tokenizer but for the mark, which it removes. One of its own, so that threads can share this one."""
+        """A twin that removes the mark. Other threads may be using this one, so nothing changes here."""
         ours, theirs = self._tokenizer, Tokenizer(self._tokenizer.model)
         theirs.add_tokens([token for _, token in sorted(self.added_tokens_decoder.items())])
         # Normalizers come after the search for added tokens: with the mark in it, the name of a token is only text.
