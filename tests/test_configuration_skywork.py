@@ -147,6 +147,7 @@ def test_defaults_are_those_of_the_released_models():
         ({"num_experts": []}, "num_experts"),
         ({"num_experts": ["16"]}, "num_experts"),
         ({"num_experts": 1}, "num_experts"),
+        ({"num_experts": 0}, "num_experts"),
         ({"moe_gate_norm_std": 0.0}, "moe_gate_norm_std"),
         ({"moe_gate_norm_std": -1.0}, "moe_gate_norm_std"),
         ({"num_experts_per_tok": 17, "num_experts": 16}, "num_experts_per_tok"),

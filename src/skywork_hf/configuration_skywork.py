@@ -234,8 +234,8 @@ class SkyworkMoeConfig(_SkyworkConfigMixin, MixtralConfig):
     experts_layout: str = "modular"
 
     def __post_init__(self, **kwargs: Any) -> None:
-        released = {"num_experts": kwargs.pop("num_experts", None)}
-        self.num_local_experts = experts_of(released) or self.num_local_experts
+        experts = experts_of({"num_experts": kwargs.pop("num_experts", None)})
+        self.num_local_experts = self.num_local_experts if experts is None else experts
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads  # dynamic rope wants a number
         super().__post_init__(**kwargs)
 
