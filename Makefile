@@ -11,8 +11,8 @@ demo: $(VENV)/installed
 	$(BIN)/skywork-hf demo
 
 test: $(VENV)/installed-dev
-	TRANSFORMERS_SDIST=$$($(BIN)/python scripts/fetch_transformers_tests.py $(SDIST)) \
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	sdist=$$($(BIN)/python scripts/fetch_transformers_tests.py $(SDIST)) && \
+	TRANSFORMERS_SDIST=$$sdist $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -21,7 +21,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import psutil
 import torch
 
 SHAPE = {
@@ -64,19 +63,18 @@ def measure_here(folder: Path, kind: str) -> None:
 
     transformers.logging.disable_progress_bar()
     options = {"experts_layout": "fused"} if kind == "skywork-fused" else {}
-    process = psutil.Process()
-    before, start = rss_anon(process), time.perf_counter()
+    before, start = rss_anon(), time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(folder / kind.removesuffix("-fused"), **options)
-    seconds, added = time.perf_counter() - start, rss_anon(process) - before
+    seconds, added = time.perf_counter() - start, rss_anon() - before
     assert model.dtype == torch.bfloat16
     with torch.no_grad():
         assert model(torch.tensor([[1]])).logits.isfinite().all()
     print(json.dumps({"seconds": seconds, "bytes": added}))
 
 
-def rss_anon(process: psutil.Process) -> int:
-    """Private memory in bytes, as Linux counts it."""
-    for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+def rss_anon() -> int:
+    """The private memory of this process in bytes, as Linux counts it."""
+    for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
     raise RuntimeError("this kernel does not report RssAnon")
