@@ -2,7 +2,7 @@
 
     python benchmarks/load.py [--folder FOLDER] [--rounds 3]
 
-Writes a random bfloat16 checkpoint of 16 experts a layer (1.7 GB; Skywork-MoE's tensor names are Mixtral's), then
+Writes a random bfloat16 checkpoint of 16 experts a layer (2.9 GB; Skywork-MoE's tensor names are Mixtral's), then
 loads it in fresh processes, one class after the other in each round. Reports medians and their ratios: the wall time
 of `from_pretrained`, and the private memory (RssAnon) that it added. The floor of both is near zero: weights that stay
 mapped from the files are neither read nor copied before they are used.
@@ -24,11 +24,12 @@ from pathlib import Path
 import torch
 
 SHAPE = {
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
+    # half of Skywork-MoE in each direction, as each tensor costs some time whatever its size
+    "hidden_size": 2304,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 18,
+    "num_key_value_heads": 18,
     "vocab_size": 8192,
     "max_position_embeddings": 2048,
     "num_local_experts": 16,
