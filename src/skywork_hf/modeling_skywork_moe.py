@@ -5,9 +5,8 @@ Attention, norms, rotary embedding, caches and outputs are Mixtral's. Written he
 load-balancing loss (eq. 4).
 """
 
-from __future__ import annotations
-
-from typing import Any
+# No `from __future__ import annotations`: transformers' common tests read the types in `forward`'s signature.
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +29,7 @@ from transformers.models.mixtral.modeling_mixtral import (
     MixtralRotaryEmbedding,
     MixtralTopKRouter,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_skywork import SkyworkMoeConfig
@@ -264,7 +263,7 @@ class SkyworkMoePreTrainedModel(MixtralPreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return True  # transformers looks for its decorator in this file's source; `MixtralExperts` carries it
+        return True  # `MixtralExperts` carries `@use_experts_implementation`; transformers looks for it in this file
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -307,7 +306,7 @@ class SkyworkMoeForCausalLM(SkyworkMoePreTrainedModel, MixtralForCausalLM):
         self.post_init()
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # names that TransformersKwargs has too, as Mixtral's own forward
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -318,7 +317,7 @@ class SkyworkMoeForCausalLM(SkyworkMoePreTrainedModel, MixtralForCausalLM):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
         """As `MixtralForCausalLM.forward`, but for the auxiliary loss: `aux_loss`, given where router logits are asked
         for, is the sum over the MoE layers of `load_balancing_loss`, and `loss` then contains it times
