@@ -5,6 +5,7 @@ from importlib.metadata import version
 from .configuration_skywork import SkyworkConfig, SkyworkMoeConfig
 from .modeling_skywork import SkyworkForCausalLM, SkyworkForSequenceClassification, SkyworkModel
 from .modeling_skywork_moe import SkyworkMoeForCausalLM, SkyworkMoeModel
+from .quantization import SkyworkFp8Config, SkyworkInt8Config
 from .registration import register
 from .tokenization_skywork import SkyworkTokenizer
 
@@ -13,6 +14,8 @@ __all__ = [
     "SkyworkConfig",
     "SkyworkForCausalLM",
     "SkyworkForSequenceClassification",
+    "SkyworkFp8Config",
+    "SkyworkInt8Config",
     "SkyworkModel",
     "SkyworkMoeConfig",
     "SkyworkMoeForCausalLM",

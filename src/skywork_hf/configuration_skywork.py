@@ -15,6 +15,9 @@ from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 EXPERTS_LAYOUTS = ("modular", "fused")
+# What we call `fp8` with one scale for each matrix, once it is read: transformers' own `fp8` is another format, with
+# scales for blocks. Files say `fp8`.
+FP8_METHOD = "skywork_fp8"
 
 if TYPE_CHECKING:
     _ConfigBase = PreTrainedConfig
@@ -97,7 +100,17 @@ class _SkyworkConfigMixin(_ConfigBase):
         family = cls._family_of(config_dict)
         if family is not cls:
             return family.from_dict(config_dict, **kwargs)
-        return super().from_dict(config_dict, **kwargs)
+        config_dict = _with_our_fp8(config_dict)
+        loaded = super().from_dict(config_dict, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config._asked_for_fused = overrides.get("experts_layout") == "fused"
+        return loaded
+
+    def to_dict(self) -> dict[str, Any]:
+        return _as_in_files(super().to_dict())
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return _as_in_files(super().to_diff_dict())
 
     @classmethod
     def _family_of(cls, config_dict: dict[str, Any]) -> type[PreTrainedConfig]:
@@ -150,6 +163,23 @@ class _SkyworkConfigMixin(_ConfigBase):
                 f"`num_key_value_heads`={self.num_key_value_heads} does not divide "
                 f"`num_attention_heads`={self.num_attention_heads}."
             )
+
+
+def _with_our_fp8(config_dict: dict[str, Any]) -> dict[str, Any]:
+    quantization = config_dict.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
+        return config_dict
+    if quantization.get("weight_block_size"):
+        return config_dict
+    return {**config_dict, "quantization_config": {**quantization, "quant_method": FP8_METHOD}}
+
+
+def _as_in_files(config_dict: dict[str, Any]) -> dict[str, Any]:
+    config_dict.pop("_asked_for_fused", None)
+    quantization = config_dict.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == FP8_METHOD:
+        config_dict["quantization_config"] = {**quantization, "quant_method": "fp8"}
+    return config_dict
 
 
 def _check_rope(rope: dict[str, Any]) -> None:

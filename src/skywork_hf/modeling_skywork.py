@@ -14,9 +14,10 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 
 from .configuration_skywork import SkyworkConfig
+from .loading import SkyworkLoadingMixin
 
 
-class SkyworkPreTrainedModel(LlamaPreTrainedModel):
+class SkyworkPreTrainedModel(SkyworkLoadingMixin, LlamaPreTrainedModel):
     config: SkyworkConfig
     config_class = SkyworkConfig
 

@@ -29,10 +29,13 @@ from transformers.models.mixtral.modeling_mixtral import (
     MixtralRotaryEmbedding,
     MixtralTopKRouter,
 )
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_skywork import SkyworkMoeConfig
+from .loading import SkyworkLoadingMixin
+
+logger = logging.get_logger(__name__)
 
 
 def routing_probabilities(router_logits: torch.Tensor, config: SkyworkMoeConfig) -> torch.Tensor:
@@ -240,7 +243,7 @@ class SkyworkMoeSparseLayer(SkyworkMoeDecoderLayer):
         return self.block_sparse_moe
 
 
-class SkyworkMoePreTrainedModel(MixtralPreTrainedModel):
+class SkyworkMoePreTrainedModel(SkyworkLoadingMixin, MixtralPreTrainedModel):
     config: SkyworkMoeConfig
     config_class = SkyworkMoeConfig
     _no_split_modules = ["SkyworkMoeDenseLayer", "SkyworkMoeSparseLayer"]
@@ -253,6 +256,8 @@ class SkyworkMoePreTrainedModel(MixtralPreTrainedModel):
     def __init__(self, config: SkyworkMoeConfig, *args: Any, **kwargs: Any) -> None:
         # Not super(): in our subclasses that is MixtralModel or MixtralForCausalLM, which would build Mixtral first.
         MixtralPreTrainedModel.__init__(self, config, *args, **kwargs)
+        if config.experts_layout == "fused" and getattr(config, "quantization_config", None) is not None:
+            _use_modular_layout(config)
         # The modular layout asks the host which experts were chosen, once a layer.
         self._can_compile_fullgraph = config.experts_layout == "fused"
 
@@ -272,6 +277,16 @@ class SkyworkMoePreTrainedModel(MixtralPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, SkyworkMoeGateProjection):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+
+
+def _use_modular_layout(config: SkyworkMoeConfig) -> None:
+    reason = "quantisation works on linear layers, and would leave the 3-D parameters of fused experts in 16 bit"
+    if getattr(config, "_asked_for_fused", False):
+        raise ValueError(
+            f'experts_layout="fused" cannot be quantised: {reason}. Leave `experts_layout` away, or do not quantise.'
+        )
+    logger.info(f"The experts layout becomes modular: {reason}.")
+    config.experts_layout = "modular"
 
 
 class SkyworkMoeModel(SkyworkMoePreTrainedModel, MixtralModel):

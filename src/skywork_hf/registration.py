@@ -14,11 +14,14 @@ from transformers import (
 from transformers.conversion_mapping import USER_REGISTERED_MAPPINGS, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
+from transformers.quantizers import auto as quantizers_auto
 from transformers.utils import logging
 
-from .configuration_skywork import SkyworkConfig, SkyworkMoeConfig
+from .configuration_skywork import FP8_METHOD, SkyworkConfig, SkyworkMoeConfig
 from .modeling_skywork import SkyworkForCausalLM, SkyworkForSequenceClassification, SkyworkModel
 from .modeling_skywork_moe import SkyworkMoeForCausalLM, SkyworkMoeModel
+from .quantization.config import INT8_METHOD, SkyworkFp8Config, SkyworkInt8Config
+from .quantization.quantizers import SkyworkFp8Quantizer, SkyworkInt8Quantizer
 from .tokenization_skywork import SkyworkTokenizer
 
 logger = logging.get_logger(__name__)
@@ -42,6 +45,18 @@ def register() -> None:
     register_checkpoint_conversion_mapping(SkyworkMoeConfig.model_type, _fused_experts_conversion(), overwrite=True)
     # So that transformers asks each model: see `SkyworkMoePreTrainedModel.is_custom_code`.
     USER_REGISTERED_MAPPINGS.discard(SkyworkMoeConfig.model_type)
+    _register_quantizer(FP8_METHOD, SkyworkFp8Config, SkyworkFp8Quantizer)
+    _register_quantizer(INT8_METHOD, SkyworkInt8Config, SkyworkInt8Quantizer)
+
+
+def _register_quantizer(method: str, config_class: Any, quantizer_class: Any) -> None:
+    # Not `register_quantizer`, which refuses a name that is there: this may be called again.
+    quantizers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = config_class
+    quantizers_auto.AUTO_QUANTIZER_MAPPING[method] = quantizer_class
+    # Those whose arguments may override what a quantised checkpoint's config.json says.
+    overriding: Any = quantizers_auto.LOADING_ATTRIBUTES_CONFIG_TYPES
+    if config_class not in overriding:
+        quantizers_auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*overriding, config_class)
 
 
 def _warn_if_taken(registry: Any, name: str, ours: type) -> None:

@@ -1,0 +1,115 @@
+"""The linear layers that hold quantised weights. They are `nn.Linear`s, so adapters and device maps find them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import kernels
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    """A matmul on a weight that is never trained: a gradient for its inputs only, by the weight's real values,
+    whatever the kernel rounded on the way (a straight-through estimate)."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, layer: SkyworkQuantizedLinear) -> torch.Tensor:
+        ctx.save_for_backward(layer.weight, layer.weight_scale)
+        return layer.matmul(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        weight, scale = ctx.saved_tensors
+        return kernels.weight_only_backward(grads[0], weight, scale), None
+
+
+class SkyworkQuantizedLinear(nn.Linear):
+    """A linear layer with a frozen quantised `weight` [out_features, in_features] and its `weight_scale`."""
+
+    weight_scale: nn.Parameter
+    input_scale: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, device: Any = None) -> None:
+        nn.Module.__init__(self)  # past nn.Linear's own, which would make a float weight
+        self.in_features, self.out_features = in_features, out_features
+        bias_values = nn.Parameter(torch.empty(out_features, device=device), requires_grad=False) if bias else None
+        self.register_parameter("bias", bias_values)
+
+    def matmul(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[rows, in_features] to [rows, out_features], same dtype."""
+        raise NotImplementedError
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] to [..., out_features], same dtype."""
+        rows = input.reshape(-1, self.in_features)
+        outputs = _FrozenMatmul.apply(rows, self).view(*input.shape[:-1], self.out_features)
+        return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
+
+    def dequantize(self, dtype: torch.dtype) -> nn.Linear:
+        """An ordinary linear layer with the same real values."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(kernels.dequantize(self.weight, self.weight_scale, dtype))
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.to(dtype))
+        return linear
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SkyworkQuantizedLinear:
+        """Move, but never cast: a float8 weight in another dtype would be another weight."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+
+class SkyworkFp8Linear(SkyworkQuantizedLinear):
+    """FP8: `weight` float8_e4m3fn, `weight_scale` and, with static activations, `input_scale` float32 of one element
+    (Skywork-MoE-Base-FP8 calls the latter `act_scale`). real = fp8 * scale."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        activation_scheme: str = "dynamic",
+        scale_shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
+        device: Any = None,
+    ) -> None:
+        """`scale_shapes` are those of `weight_scale` and `input_scale`: () or (1,)."""
+        super().__init__(in_features, out_features, bias, device)
+        self.activation_scheme = activation_scheme
+        weight = torch.empty(out_features, in_features, dtype=kernels.FP8, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        weight_scale, input_scale = (torch.empty(shape, dtype=torch.float32, device=device) for shape in scale_shapes)
+        self.weight_scale = nn.Parameter(weight_scale, requires_grad=False)
+        static = activation_scheme == "static"
+        self.register_parameter("input_scale", nn.Parameter(input_scale, requires_grad=False) if static else None)
+
+    def matmul(self, inputs: torch.Tensor) -> torch.Tensor:
+        return kernels.fp8_linear(inputs, self.weight, self.weight_scale, self.activation_scheme, self.input_scale)
+
+
+class SkyworkInt8Linear(SkyworkQuantizedLinear):
+    """int8: `weight` int8, `weight_scale` bfloat16 [out_features]. real = int8 * scale, row by row."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        quantize_activations: bool = True,
+        device: Any = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device)
+        self.quantize_activations = quantize_activations
+        weight = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        scale = torch.empty(out_features, dtype=torch.bfloat16, device=device)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+
+    def matmul(self, inputs: torch.Tensor) -> torch.Tensor:
+        return kernels.int8_linear(inputs, self.weight, self.weight_scale, self.quantize_activations)

@@ -1,0 +1,278 @@
+"""How transformers loads, saves and restores models with our quantised linears (its `HfQuantizer` interface)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+from torch import nn
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.integrations.accelerate import get_device
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils import logging
+
+from ..headers import StoredTensor, read_headers
+from . import checks, kernels
+from .config import ALL, WITHOUT_FP8, SkyworkFp8Config, SkyworkInt8Config
+from .linear import SkyworkFp8Linear, SkyworkInt8Linear, SkyworkQuantizedLinear
+
+logger = logging.get_logger(__name__)
+
+
+class _SkyworkQuantizer(HfQuantizer):
+    """What FP8 and int8 share."""
+
+    quantization_config: SkyworkFp8Config | SkyworkInt8Config
+    quantized_element_size = 1
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained through the frozen weights."""
+        return True
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        module_name, _, tensor_name = param_name.rpartition(".")
+        quantized = isinstance(model.get_submodule(module_name), SkyworkQuantizedLinear)
+        return quantized and tensor_name == "weight" and not self.pre_quantized
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Quantised weights stay as they are stored; all else is cast as in any checkpoint."""
+        return None if dtype in (kernels.FP8, torch.int8) else dtype
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize()
+
+    def _process_model_before_weight_loading(
+        self, model: Any, device_map: Any = None, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        stored = _by_module_path(read_headers(checkpoint_files), model) if checkpoint_files else {}
+        linears = linears_to_quantize(model, self.quantization_config.modules_to_not_convert)
+        if stored:
+            checks.check_scales(self._check(stored, list(linears)))
+        make = self._module_maker(device_map, stored)
+        for name, linear in linears.items():
+            with torch.device("meta"):
+                quantized = make(name, linear)
+            # What is missing was refused above, so transformers need not initialise it, which it cannot do for int8.
+            quantized._is_hf_initialized = True  # type: ignore[assignment]
+            model.set_submodule(name, quantized)
+
+    def _check(self, stored: dict[str, StoredTensor], names: list[str]) -> list[StoredTensor]:
+        """Raise ValueError where the files do not hold what is to be loaded; the scales that are to be looked at."""
+        if self.pre_quantized:
+            return [scale for name in names for scale in self._check_quantized(stored, name)]
+        for name in names:
+            checks.check_plain(stored, name)
+        return []
+
+    def _check_quantized(self, stored: dict[str, StoredTensor], name: str) -> list[StoredTensor]:
+        raise NotImplementedError
+
+    def _module_maker(
+        self, device_map: Any, stored: dict[str, StoredTensor]
+    ) -> Callable[[str, nn.Linear], SkyworkQuantizedLinear]:
+        """A function that makes the quantised linear, still empty, for the linear of that name."""
+        raise NotImplementedError
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for module in _quantized_linears(model).values():
+            module.requires_grad_(False)  # transformers makes what is a float, as FP8 is, trainable
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        modules = _quantized_linears(model)
+        offloaded = next((name for name, module in modules.items() if module.weight.is_meta), None)
+        if offloaded:
+            raise ValueError(
+                f"`{offloaded}` is offloaded, so it cannot be dequantised: load the model with a device map that "
+                "offloads nothing."
+            )
+        for name, module in modules.items():
+            linear = module.dequantize(dtype or model.dtype)
+            if hook := getattr(module, "_hf_hook", None):
+                remove_hook_from_module(module)
+                add_hook_to_module(linear, hook)
+            model.set_submodule(name, linear)
+        return model
+
+
+class SkyworkInt8Quantizer(_SkyworkQuantizer):
+    """Loads `SkyworkInt8Config`."""
+
+    quantization_config: SkyworkInt8Config
+
+    def _check_quantized(self, stored: dict[str, StoredTensor], name: str) -> list[StoredTensor]:
+        return checks.check_int8(stored, name)
+
+    def _module_maker(
+        self, device_map: Any, stored: dict[str, StoredTensor]
+    ) -> Callable[[str, nn.Linear], SkyworkQuantizedLinear]:
+        quantize_activations = self.quantization_config.quantize_activations is not False
+
+        def make(name: str, linear: nn.Linear) -> SkyworkInt8Linear:
+            return SkyworkInt8Linear(
+                linear.in_features, linear.out_features, linear.bias is not None, quantize_activations
+            )
+
+        return make
+
+
+class SkyworkFp8Quantizer(_SkyworkQuantizer):
+    """Loads `SkyworkFp8Config`, and the released FP8 checkpoint."""
+
+    quantization_config: SkyworkFp8Config
+
+    @property
+    def scheme(self) -> str:
+        return self.quantization_config.activation_scheme or "dynamic"
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if self.scheme == "static" and not self.pre_quantized:
+            raise ValueError(
+                'activation_scheme="static" needs scales that were calibrated on text, which a 16-bit checkpoint does '
+                "not have: write a static FP8 checkpoint with conversion/calibrate_fp8.py, or take "
+                'activation_scheme="dynamic".'
+            )
+
+    def is_serializable(self) -> bool:
+        if self.quantization_config.int8_devices is None:
+            return True
+        logger.warning(
+            "Part of this model became int8 while loading (`int8_devices`), and no checkpoint format holds both: load "
+            'it without `int8_devices`, or with `int8_devices="all"`, to save it.'
+        )
+        return False
+
+    def _check_quantized(self, stored: dict[str, StoredTensor], name: str) -> list[StoredTensor]:
+        return checks.check_fp8(stored, name, static=self.scheme == "static")
+
+    def _module_maker(
+        self, device_map: Any, stored: dict[str, StoredTensor]
+    ) -> Callable[[str, nn.Linear], SkyworkQuantizedLinear]:
+        becomes_int8 = _int8_rule(self.quantization_config.int8_devices, device_map)
+
+        def scale_shape(*names: str) -> tuple[int, ...]:
+            return next((stored[name].shape for name in names if name in stored), ())
+
+        def make(name: str, linear: nn.Linear) -> SkyworkQuantizedLinear:
+            sizes = linear.in_features, linear.out_features, linear.bias is not None
+            if becomes_int8(name):
+                return SkyworkInt8Linear(*sizes)
+            inputs = scale_shape(*(f"{name}.{spelling}" for spelling in checks.INPUT_SCALE_NAMES))
+            return SkyworkFp8Linear(*sizes, self.scheme, (scale_shape(f"{name}.weight_scale"), inputs))
+
+        return make
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        if not self.pre_quantized:
+            return weight_conversions
+        if self.scheme != "static":
+            ignored = {rf"\.{name}$" for name in checks.INPUT_SCALE_NAMES}
+            model._keys_to_ignore_on_load_unexpected = ignored | set(model._keys_to_ignore_on_load_unexpected or ())
+        current, released = checks.INPUT_SCALE_NAMES
+        renaming = WeightRenaming(rf"\.{released}", f".{current}")
+        names = ["weight", "weight_scale", current]
+        converter = [WeightConverter(names, "weight", [_Fp8ToInt8()])] if self.quantization_config.int8_devices else []
+        return [renaming, *weight_conversions, *converter]
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        super()._process_model_after_weight_loading(model)
+        # What is saved has the names that the model has, whatever the files it came from had.
+        model._weight_conversions = []
+        if all(isinstance(module, SkyworkInt8Linear) for module in _quantized_linears(model).values()):
+            config = SkyworkInt8Config(modules_to_not_convert=self.quantization_config.modules_to_not_convert)
+            model.config.quantization_config = config
+            model.quantization_method = config.quant_method
+            model.hf_quantizer = SkyworkInt8Quantizer(config)
+        return model
+
+
+def linears_to_quantize(model: Any, modules_to_not_convert: list[str] | None) -> dict[str, nn.Linear]:
+    """The attention and expert linears by name: all but the head and `modules_to_not_convert`. The gate is none."""
+    skipped = HfQuantizer.get_modules_to_not_convert(
+        model, modules_to_not_convert, model._keep_in_fp32_modules, add_default_skips=True
+    )
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and should_convert_module(name, skipped)
+    }
+
+
+class _Quantize(ConversionOps):
+    """A 16-bit weight to what the module at its place holds."""
+
+    def convert(self, input_dict: dict[str, Any], *patterns: Any, model: Any = None, **kwargs: Any) -> dict[str, Any]:
+        converted: dict[str, Any] = {}
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            path = name.rpartition(".")[0]
+            converted |= _quantized(model.get_submodule(path), path, weight)
+        return converted
+
+
+class _Fp8ToInt8(ConversionOps):
+    """The weight and scales of one module: FP8 to int8 where the module is an int8 one, otherwise as they are."""
+
+    def convert(
+        self, input_dict: dict[str, Any], *patterns: Any, full_layer_name: str = "", model: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        module = model.get_submodule(full_layer_name.rpartition(".")[0])
+        if not isinstance(module, SkyworkInt8Linear):
+            return {name: tensor for name, tensor in tensors.items() if getattr(module, name, None) is not None}
+        weight, scale = kernels.quantize_int8(tensors["weight"], tensors["weight_scale"])
+        return {"weight": weight, "weight_scale": scale}
+
+
+def _quantized(module: SkyworkQuantizedLinear, path: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    quantize = kernels.quantize_int8 if isinstance(module, SkyworkInt8Linear) else kernels.quantize_fp8
+    quantized, scale = quantize(weight)
+    if not scale.isfinite().all():
+        raise ValueError(f"`{path}.weight` holds values that are not finite: it cannot be quantised.")
+    return {f"{path}.weight": quantized, f"{path}.weight_scale": scale}
+
+
+def _int8_rule(int8_devices: Any, device_map: Any) -> Callable[[str], bool]:
+    """Whether the module of a name becomes int8."""
+    if int8_devices is None or int8_devices == ALL:
+        return lambda name: int8_devices == ALL
+    if isinstance(device_map, str):
+        raise ValueError(
+            f"`int8_devices`={int8_devices!r} has to know where each module will live, and device_map={device_map!r} "
+            'is only worked out later: give the device map as a dict, or take int8_devices="all".'
+        )
+    places = device_map or {"": "cpu"}
+    if int8_devices == WITHOUT_FP8:
+        return lambda name: not kernels.has_fp8_unit(_torch_device(get_device(places, f"{name}.weight")))
+    wanted = {_torch_device(device) for device in int8_devices}
+    return lambda name: _torch_device(get_device(places, f"{name}.weight")) in wanted
+
+
+def _torch_device(device: Any) -> torch.device:
+    """The device that a device map's entry means; "disk" counts as the CPU."""
+    if isinstance(device, int):
+        return torch.device("cuda", device)
+    return torch.device("cpu" if device == "disk" else device)
+
+
+def _by_module_path(stored: dict[str, StoredTensor], model: Any) -> dict[str, StoredTensor]:
+    """Under the names that `model` has: with or without the base model's prefix, as transformers loads either."""
+    prefix = f"{model.base_model_prefix}."
+    has_prefix = hasattr(model, model.base_model_prefix)
+    renamed = {}
+    for name, tensor in stored.items():
+        if has_prefix and not name.startswith((prefix, "lm_head.", "score.")):
+            name = prefix + name
+        renamed[name if has_prefix else name.removeprefix(prefix)] = tensor
+    return renamed
+
+
+def _quantized_linears(model: nn.Module) -> dict[str, SkyworkQuantizedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, SkyworkQuantizedLinear)}

@@ -1,0 +1,184 @@
+"""Quantising and the matmuls on quantised weights, against float arithmetic on the same values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from skywork_hf.quantization import kernels
+from skywork_hf.quantization.linear import SkyworkFp8Linear, SkyworkInt8Linear
+
+sizes = st.integers(1, 70)
+shapes = settings(max_examples=40, deadline=None)
+
+
+def quantized(kind: str, out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+    weight = torch.randn(out_features, in_features)
+    return kernels.quantize_int8(weight) if kind == "int8" else kernels.quantize_fp8(weight)
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+@given(out_features=sizes, in_features=sizes, magnitude=st.sampled_from([1e-30, 1e-4, 1.0, 1e4]))
+@shapes
+def test_int8_is_off_by_at_most_half_a_step(out_features, in_features, magnitude):
+    weight = torch.randn(out_features, in_features) * magnitude
+    values, scale = kernels.quantize_int8(weight)
+    assert (values.dtype, scale.dtype, scale.shape) == (torch.int8, torch.bfloat16, (out_features,))
+    step = scale.float().unsqueeze(1)
+    # Half a step, and what rounding the scale down to bfloat16 cuts off the largest value of a row.
+    assert ((values * step - weight).abs() <= step * 0.5 + weight.abs() * 2**-8).all()
+
+
+@given(out_features=sizes, in_features=sizes, magnitude=st.sampled_from([1e-30, 1e-4, 1.0, 1e4]))
+@shapes
+def test_fp8_is_off_by_at_most_half_a_step(out_features, in_features, magnitude):
+    weight = torch.randn(out_features, in_features) * magnitude
+    values, scale = kernels.quantize_fp8(weight)
+    assert (values.dtype, scale.dtype, scale.shape) == (torch.float8_e4m3fn, torch.float32, ())
+    # 3 bits of mantissa; below 2^-6 the steps are 2^-9 wide.
+    assert ((values.float() * scale - weight).abs() <= weight.abs() * 2**-4 + scale * 2**-10).all()
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_zeros_stay_zeros(kind):
+    quantize = kernels.quantize_int8 if kind == "int8" else kernels.quantize_fp8
+    weight, scale = quantize(torch.zeros(3, 5))
+    assert torch.equal(kernels.dequantize(weight, scale, torch.float32), torch.zeros(3, 5))
+
+
+def test_every_e4m3_value_is_unpacked_as_torch_does():
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).unsqueeze(0)
+    expected = values.float()
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        unpacked, factor = kernels.unpack(values, dtype)
+        assert unpacked.dtype == dtype
+        finite = expected.isfinite()
+        assert finite.sum() == 254
+        assert torch.equal((unpacked.float() * factor)[finite], expected[finite])
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@given(rows=sizes, out_features=sizes, in_features=sizes)
+@shapes
+def test_weight_only_matmul_and_its_gradient_are_those_of_the_real_values(kind, rows, out_features, in_features):
+    weight, scale = quantized(kind, out_features, in_features)
+    real = weight.float() * (scale.float().unsqueeze(1) if kind == "int8" else scale)
+    assert torch.equal(kernels.dequantize(weight, scale, torch.float32), real)
+    inputs, grad = torch.randn(rows, in_features), torch.randn(rows, out_features)
+    torch.testing.assert_close(kernels.weight_only_linear(inputs, weight, scale), inputs @ real.t())
+    torch.testing.assert_close(kernels.weight_only_backward(grad, weight, scale), grad @ real)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_many_blocks_and_16_bit_inputs(kind, dtype, monkeypatch):
+    weight, scale = quantized(kind, 67, 32)
+    inputs = torch.randn(9, 32).to(dtype)
+    whole = kernels.weight_only_linear(inputs, weight, scale)
+    assert whole.dtype == dtype
+    monkeypatch.setattr(kernels, "CPU_BLOCK", 100)  # three rows at a time
+    torch.testing.assert_close(kernels.weight_only_linear(inputs, weight, scale), whole)
+    monkeypatch.setattr(kernels, "_compute_dtype", lambda inputs: inputs.dtype)  # as on a GPU
+    torch.testing.assert_close(kernels.weight_only_linear(inputs, weight, scale), whole, rtol=2e-2, atol=2e-2)
+
+
+@given(
+    rows=st.integers(0, 40),
+    out_features=sizes,
+    in_features=st.sampled_from([1, 5, 32, 33, 64, 96]),  # torch's kernel crashes with 5 and 33
+    has_int_mm=st.booleans(),
+)
+@shapes
+def test_int8_linear_whatever_kernel_it_takes(rows, out_features, in_features, has_int_mm):
+    weight, scale = quantized("int8", out_features, in_features)
+    inputs = torch.randn(rows, in_features).bfloat16()
+    expected = inputs.float() @ kernels.dequantize(weight, scale, torch.float32).t()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_int_mm)
+        kernel = kernels.int8_kernel(inputs, weight, quantize_activations=True)
+        few = "blocks" if in_features % 32 else "weight_int8pack_mm"
+        assert kernel == (few if rows <= 32 else "int_mm" if has_int_mm else "blocks")
+        assert kernels.int8_kernel(inputs, weight, quantize_activations=False) != "int_mm"
+        outputs = kernels.int8_linear(inputs, weight, scale, quantize_activations=True)
+    assert outputs.dtype == torch.bfloat16
+    bound = inputs.float().norm(dim=1, keepdim=True) * kernels.dequantize(weight, scale, torch.float32).norm(dim=1)
+    assert ((outputs.float() - expected).abs() <= 0.03 * bound + 1e-6).all()
+
+
+# The shapes of one row of the real layer's matrices: an output's error depends on the length of its row alone.
+@pytest.mark.parametrize("in_features", [4608, 12288])
+@pytest.mark.parametrize(
+    ("name", "bound"), [("int8 weights", 0.012), ("int8 weights and activations", 0.02), ("fp8", 0.04)]
+)
+def test_error_on_gaussian_data_of_the_real_row_lengths(name, bound, in_features):
+    weight, inputs = torch.randn(512, in_features) * 0.02, torch.randn(64, in_features)
+    exact = inputs @ weight.t()
+    if name == "fp8":
+        values, scale = kernels.quantize_fp8(weight)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "has_fp8_unit", lambda device: True)
+            outputs = kernels.fp8_linear(inputs, values, scale, "dynamic", None)
+    else:
+        run = kernels.weight_only_linear if name == "int8 weights" else kernels.int8_activations_linear
+        outputs = run(inputs, *kernels.quantize_int8(weight))
+    assert 0 < relative_error(outputs, exact) <= bound
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_fp8_activations_are_rounded_by_their_scale(static, monkeypatch):
+    weight, scale = quantized("fp8", 32, 48)
+    inputs = torch.randn(5, 48)
+    input_scale = torch.tensor(0.02) if static else inputs.abs().max() / 448
+    rounded = (inputs / input_scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * input_scale
+    expected = rounded @ (weight.float() * scale).t()
+    monkeypatch.setattr(kernels, "has_fp8_unit", lambda device: True)
+    outputs = kernels.fp8_linear(inputs, weight, scale, "dynamic", input_scale if static else None)
+    torch.testing.assert_close(outputs, expected)
+    assert relative_error(outputs, inputs @ (weight.float() * scale).t()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", [SkyworkFp8Linear, SkyworkInt8Linear])
+def test_moving_never_casts_a_quantised_weight(kind):
+    layer = kind(16, 8, bias=True)
+    dtypes = {name: parameter.dtype for name, parameter in layer.named_parameters()}
+    layer.weight.data.copy_(torch.randn(8, 16).to(layer.weight.dtype))
+    before = layer.weight.clone()
+    layer.to(torch.float16).half().to("cpu", torch.bfloat16)
+    assert {name: parameter.dtype for name, parameter in layer.named_parameters()} == dtypes
+    assert torch.equal(layer.weight.view(torch.uint8), before.view(torch.uint8))
+    assert layer.to("meta").weight.is_meta
+
+
+@pytest.mark.parametrize("kind", [SkyworkFp8Linear, SkyworkInt8Linear])
+def test_a_layer_is_the_linear_that_it_dequantises_to(kind):
+    layer = kind(16, 8, bias=True)
+    weight, scale = quantized("fp8" if kind is SkyworkFp8Linear else "int8", 8, 16)
+    for name, value in {"weight": weight, "weight_scale": scale, "bias": torch.randn(8)}.items():
+        getattr(layer, name).data.copy_(value)
+    inputs = torch.randn(2, 3, 16, requires_grad=True)
+    outputs = layer(inputs)
+    (gradient,) = torch.autograd.grad(outputs.square().sum(), inputs)
+    linear = layer.dequantize(torch.float32)
+    expected = F.linear(inputs, linear.weight, linear.bias)
+    torch.testing.assert_close(outputs, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.square().sum(), inputs)[0])
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 16, 64])
+def test_on_a_gpu_as_on_the_cpu(rows):
+    inputs = torch.randn(rows, 256).bfloat16()
+    int8, fp8 = quantized("int8", 128, 256), quantized("fp8", 128, 256)
+    on_gpu = inputs.cuda()
+    moved = kernels.int8_linear(on_gpu, *(tensor.cuda() for tensor in int8), quantize_activations=True)
+    assert relative_error(moved.cpu(), kernels.weight_only_linear(inputs, *int8)) <= 0.02
+    for scheme in ("none", "dynamic"):
+        moved = kernels.fp8_linear(on_gpu, *(tensor.cuda() for tensor in fp8), scheme, None)
+        assert relative_error(moved.cpu(), kernels.weight_only_linear(inputs, *fp8)) <= 0.04
