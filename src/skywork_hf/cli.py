@@ -21,6 +21,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     demo = commands.add_parser("demo", help="load a bundled tiny Skywork-MoE, compare it with the reference, generate")
     demo.set_defaults(run=_demo)
+    inspect = commands.add_parser("inspect", help="say what a checkpoint is and whether it is whole; reads no weights")
+    inspect.add_argument("path", metavar="PATH", help="a folder with config.json and weight files")
+    inspect.set_defaults(run=_inspect)
     return parser
 
 
@@ -28,3 +31,12 @@ def _demo(arguments: argparse.Namespace) -> None:
     from .demo import run  # here, so that `--help` does not wait for torch
 
     run()
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from .checkpoints.inspection import inspect_checkpoint
+
+    report = inspect_checkpoint(arguments.path)
+    print(report)
+    if not report.is_whole:
+        sys.exit(1)

@@ -1,0 +1,1 @@
+"""What can be done with checkpoint files without running a model."""
