@@ -134,6 +134,10 @@ def test_what_is_saved_is_what_vllm_reads(scheme, tmp_path):
     assert torch.equal(golden_logits(again, FP8), golden_logits(model, FP8))
 
 
+def test_no_quantization_config_is_the_checkpoints_own():
+    assert len(quantised(load(checkpoint(FP8), quantization_config=None))) == QUANTISED_LINEARS
+
+
 def test_the_config_alone_is_written_as_it_was_read(tmp_path):
     from transformers import AutoConfig
 

@@ -101,6 +101,8 @@ class _SkyworkConfigMixin(_ConfigBase):
         if family is not cls:
             return family.from_dict(config_dict, **kwargs)
         config_dict = _with_our_fp8(config_dict)
+        if kwargs.get("quantization_config", ...) is None:
+            del kwargs["quantization_config"]  # the default of `from_pretrained`, not a wish to forget the file's
         loaded = super().from_dict(config_dict, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config._asked_for_fused = overrides.get("experts_layout") == "fused"
