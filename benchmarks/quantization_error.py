@@ -3,7 +3,7 @@
     python benchmarks/quantization_error.py
 
 1. Relative error of a linear's outputs, |quantised - exact| / |exact| over all outputs, on Gaussian weights (0.02) and
-   inputs (1.0) of the real matrices' row lengths, 512 outputs and 256 tokens, against float32. To stay under: 1.2 % for
+   inputs (1.0) of the real row lengths, 512 outputs and 256 tokens, against float32. To stay under: 1.2 % for
    int8 weights, 2 % for int8 weights and activations, 4 % for FP8.
 2. On the tiny checkpoints that come with the package and its tests (random weights, so all of this is very
    sensitive): the share of routed (token, expert) pairs that stay the same in the first layer and in the last, the
