@@ -45,7 +45,10 @@ class SkyworkQuantizedLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features], same dtype."""
         rows = input.reshape(-1, self.in_features)
-        outputs = _FrozenMatmul.apply(rows, self).view(*input.shape[:-1], self.out_features)
+        # Past autograd where nothing is trained: a decoded token meets some hundreds of these.
+        trained = torch.is_grad_enabled() and rows.requires_grad
+        outputs = _FrozenMatmul.apply(rows, self) if trained else self.matmul(rows)
+        outputs = outputs.view(*input.shape[:-1], self.out_features)
         return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
 
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:
