@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from load import rss_anon  # beside this file
 
 SHAPE = {
     "hidden_size": 4608,
@@ -271,14 +272,6 @@ def seconds_of(run: Callable[[], object]) -> float:
 def read_bandwidth() -> float:
     values = torch.ones(READ_BYTES // 8, dtype=torch.int64)
     return READ_BYTES / min(seconds_of(values.sum) for _ in range(10))
-
-
-def rss_anon() -> int:
-    """The private memory of this process in bytes, as Linux counts it."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("this kernel does not report RssAnon")
 
 
 def peak_rss_anon(run: Callable[[], object]) -> int:

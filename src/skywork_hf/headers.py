@@ -36,9 +36,6 @@ PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HEADER_LIMIT = 100_000_000  # safetensors' own
 
 
-FP8_DECLARATION = '"quantization_config": {"quant_method": "fp8", "activation_scheme": "static"}'
-
-
 @dataclass(frozen=True)
 class StoredTensor:
     """One tensor of a checkpoint file.
@@ -156,6 +153,7 @@ def refuse_quantized(stored: dict[str, StoredTensor]) -> None:
         if tensor.dtype.itemsize == 1 and tensor.dtype != torch.bool:
             raise ValueError(
                 f"{tensor} is stored as {tensor.dtype}, and config.json has no `quantization_config` that says how to "
-                f'read it. A released FP8 checkpoint has {FP8_DECLARATION} there (or "dynamic"); take config.json '
-                "from where the weights came from."
+                'read it. A released FP8 checkpoint has "quantization_config": {"quant_method": "fp8", '
+                '"activation_scheme": "static"} there (or "dynamic"); take config.json from where the weights came '
+                "from."
             )

@@ -17,6 +17,8 @@ from ..configuration_skywork import FP8_METHOD, SkyworkConfig, SkyworkMoeConfig
 from ..headers import StoredTensor, read_headers
 from ..modeling_skywork import SkyworkForCausalLM, SkyworkForSequenceClassification
 from ..modeling_skywork_moe import SkyworkMoeForCausalLM
+from ..quantization.checks import INPUT_SCALE_NAMES
+from ..quantization.config import INT8_METHOD
 
 FAMILIES = {SkyworkConfig: "Skywork-13B (dense)", SkyworkMoeConfig: "Skywork-MoE"}
 CONFIG_FILE = "config.json"
@@ -67,9 +69,8 @@ class _Storage:
         return (*(end for group in self.needed for end in group), *self.allowed)
 
 
-_INPUT_SCALES = ("input_scale", "act_scale")
-_FP8 = _Storage("FP8", (("weight_scale",),), _INPUT_SCALES)
-_STATIC_FP8 = _Storage("FP8", (("weight_scale",), _INPUT_SCALES))
+_FP8 = _Storage("FP8", (("weight_scale",),), INPUT_SCALE_NAMES)
+_STATIC_FP8 = _Storage("FP8", (("weight_scale",), INPUT_SCALE_NAMES))
 _INT8 = _Storage("int8", (("weight_scale",),))
 _BITSANDBYTES_8 = _Storage("bitsandbytes 8-bit", (("SCB",),), ("weight_format",))
 _QUANT_STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
@@ -457,7 +458,7 @@ def _declared_storage(quantization: dict[str, Any]) -> _Storage | None:
     method = quantization.get("quant_method")
     if method in ("fp8", FP8_METHOD) and not quantization.get("weight_block_size"):
         return _STATIC_FP8 if _is_static(quantization) else _FP8
-    if method == "skywork_int8":
+    if method == INT8_METHOD:
         return _INT8
     # Older bitsandbytes files may not name the method.
     if method in ("bitsandbytes", None) and quantization.get("load_in_8bit"):

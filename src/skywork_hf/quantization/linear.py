@@ -32,11 +32,11 @@ class SkyworkQuantizedLinear(nn.Linear):
     weight_scale: nn.Parameter
     input_scale: nn.Parameter | None
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, device: Any = None) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, device: Any) -> None:
         nn.Module.__init__(self)  # past nn.Linear's own, which would make a float weight
         self.in_features, self.out_features = in_features, out_features
-        bias_values = nn.Parameter(torch.empty(out_features, device=device), requires_grad=False) if bias else None
-        self.register_parameter("bias", bias_values)
+        self.weight = _frozen((out_features, in_features), dtype, device)
+        self.register_parameter("bias", _frozen((out_features,), None, device) if bias else None)
 
     def matmul(self, inputs: torch.Tensor) -> torch.Tensor:
         """[rows, in_features] to [rows, out_features], same dtype."""
@@ -83,14 +83,11 @@ class SkyworkFp8Linear(SkyworkQuantizedLinear):
         device: Any = None,
     ) -> None:
         """`scale_shapes` are those of `weight_scale` and `input_scale`: () or (1,)."""
-        super().__init__(in_features, out_features, bias, device)
+        super().__init__(in_features, out_features, bias, kernels.FP8, device)
         self.activation_scheme = activation_scheme
-        weight = torch.empty(out_features, in_features, dtype=kernels.FP8, device=device)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        weight_scale, input_scale = (torch.empty(shape, dtype=torch.float32, device=device) for shape in scale_shapes)
-        self.weight_scale = nn.Parameter(weight_scale, requires_grad=False)
-        static = activation_scheme == "static"
-        self.register_parameter("input_scale", nn.Parameter(input_scale, requires_grad=False) if static else None)
+        weight_scale, input_scale = (_frozen(shape, torch.float32, device) for shape in scale_shapes)
+        self.weight_scale = weight_scale
+        self.register_parameter("input_scale", input_scale if activation_scheme == "static" else None)
 
     def matmul(self, inputs: torch.Tensor) -> torch.Tensor:
         return kernels.fp8_linear(inputs, self.weight, self.weight_scale, self.activation_scheme, self.input_scale)
@@ -107,12 +104,13 @@ class SkyworkInt8Linear(SkyworkQuantizedLinear):
         quantize_activations: bool = True,
         device: Any = None,
     ) -> None:
-        super().__init__(in_features, out_features, bias, device)
+        super().__init__(in_features, out_features, bias, torch.int8, device)
         self.quantize_activations = quantize_activations
-        weight = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        scale = torch.empty(out_features, dtype=torch.bfloat16, device=device)
-        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        self.weight_scale = _frozen((out_features,), torch.bfloat16, device)
 
     def matmul(self, inputs: torch.Tensor) -> torch.Tensor:
         return kernels.int8_linear(inputs, self.weight, self.weight_scale, self.quantize_activations)
+
+
+def _frozen(shape: tuple[int, ...], dtype: torch.dtype | None, device: Any) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)

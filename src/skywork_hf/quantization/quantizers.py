@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -71,14 +72,15 @@ class _SkyworkQuantizer(HfQuantizer):
             checks.check_plain(stored, name)
         return []
 
+    @abstractmethod
     def _check_quantized(self, stored: dict[str, StoredTensor], name: str) -> list[StoredTensor]:
-        raise NotImplementedError
+        """The same for the linear of that name in a quantised checkpoint."""
 
+    @abstractmethod
     def _module_maker(
         self, device_map: Any, stored: dict[str, StoredTensor]
     ) -> Callable[[str, nn.Linear], SkyworkQuantizedLinear]:
         """A function that makes the quantised linear, still empty, for the linear of that name."""
-        raise NotImplementedError
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for module in _quantized_linears(model).values():
