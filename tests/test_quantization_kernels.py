@@ -101,10 +101,11 @@ def test_int8_linear_whatever_kernel_it_takes(rows, out_features, in_features, h
     expected = inputs.float() @ kernels.dequantize(weight, scale, torch.float32).t()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_int_mm)
-        kernel = kernels.int8_kernel(inputs, weight, quantize_activations=True)
+        call = ("cpu", inputs.dtype, rows, weight.shape)
+        kernel = kernels.int8_kernel(*call, quantize_activations=True)
         few = "blocks" if in_features % 32 else "weight_int8pack_mm"
         assert kernel == (few if rows <= 32 else "int_mm" if has_int_mm else "blocks")
-        assert kernels.int8_kernel(inputs, weight, quantize_activations=False) != "int_mm"
+        assert kernels.int8_kernel(*call, quantize_activations=False) != "int_mm"
         outputs = kernels.int8_linear(inputs, weight, scale, quantize_activations=True)
     assert outputs.dtype == torch.bfloat16
     bound = inputs.float().norm(dim=1, keepdim=True) * kernels.dequantize(weight, scale, torch.float32).norm(dim=1)

@@ -157,7 +157,7 @@ def int8_linear(
     Returns:
         [rows, out_features] in the dtype of `inputs`.
     """
-    kernel = int8_kernel(inputs, weight, quantize_activations)
+    kernel = int8_kernel(inputs.device.type, inputs.dtype, len(inputs), weight.shape, quantize_activations)
     if kernel == "weight_int8pack_mm":
         return torch._weight_int8pack_mm(inputs, weight, scale)
     if kernel == "int_mm":
@@ -165,26 +165,28 @@ def int8_linear(
     return weight_only_linear(inputs, weight, scale)
 
 
-def int8_kernel(inputs: torch.Tensor, weight: torch.Tensor, quantize_activations: bool) -> str:
-    """The name of what `int8_linear` runs: "weight_int8pack_mm", "int_mm" or "blocks"."""
-    if quantize_activations and has_fast_int_mm(inputs, weight):
+def int8_kernel(
+    device_type: str, dtype: torch.dtype, rows: int, shape: tuple[int, ...], quantize_activations: bool
+) -> str:
+    """The name of what `int8_linear` runs for `rows` inputs of `dtype` and a weight of `shape`: "weight_int8pack_mm",
+    "int_mm" or "blocks"."""
+    if quantize_activations and has_fast_int_mm(device_type, rows, shape):
         return "int_mm"
-    return "weight_int8pack_mm" if has_fast_weight_only(inputs, weight) else "blocks"
+    return "weight_int8pack_mm" if has_fast_weight_only(device_type, dtype, rows, shape) else "blocks"
 
 
-def has_fast_weight_only(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
+def has_fast_weight_only(device_type: str, dtype: torch.dtype, rows: int, shape: tuple[int, ...]) -> bool:
     """Whether torch's weight-only kernel takes this and is the fastest for it: few rows of bfloat16 on a CPU. (For
     other dtypes it is slower than blocks on CPUs without AVX512.)"""
-    fits = inputs.device.type == "cpu" and inputs.dtype == torch.bfloat16
-    return fits and inputs.shape[0] <= CPU_WEIGHT_ONLY_ROWS and weight.shape[1] % CPU_WEIGHT_ONLY_MULTIPLE == 0
+    fits = device_type == "cpu" and dtype == torch.bfloat16
+    return fits and rows <= CPU_WEIGHT_ONLY_ROWS and shape[1] % CPU_WEIGHT_ONLY_MULTIPLE == 0
 
 
-def has_fast_int_mm(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
+def has_fast_int_mm(device_type: str, rows: int, shape: tuple[int, ...]) -> bool:
     """Whether torch's integer matmul takes this and is the fastest for it."""
-    rows = inputs.shape[0]
-    if inputs.device.type == "cuda":
-        return rows >= CUDA_INT_MM_ROWS and all(size % CUDA_INT_MM_MULTIPLE == 0 for size in weight.shape)
-    return inputs.device.type == "cpu" and rows > CPU_WEIGHT_ONLY_ROWS and torch.cpu._is_vnni_supported()
+    if device_type == "cuda":
+        return rows >= CUDA_INT_MM_ROWS and all(size % CUDA_INT_MM_MULTIPLE == 0 for size in shape)
+    return device_type == "cpu" and rows > CPU_WEIGHT_ONLY_ROWS and torch.cpu._is_vnni_supported()
 
 
 def int8_activations_linear(inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -211,7 +213,7 @@ def fp8_linear(
     Returns:
         [rows, out_features] in the dtype of `inputs`.
     """
-    if scheme == "none" or not has_fp8_unit(inputs.device) or any(n % SCALED_MM_MULTIPLE for n in weight.shape):
+    if fp8_kernel(has_fp8_unit(inputs.device), weight.shape, scheme) == "blocks":
         return weight_only_linear(inputs, weight, scale)
     if input_scale is None:
         input_scale = fp8_scale(inputs)
@@ -222,6 +224,12 @@ def fp8_linear(
         scale_b=scale.reshape(()),
         out_dtype=inputs.dtype,
     )
+
+
+def fp8_kernel(has_unit: bool, shape: tuple[int, ...], scheme: str) -> str:
+    """The name of what `fp8_linear` runs for a weight of `shape`: "scaled_mm" or "blocks"."""
+    fits = all(size % SCALED_MM_MULTIPLE == 0 for size in shape)
+    return "scaled_mm" if has_unit and fits and scheme != "none" else "blocks"
 
 
 @cache
