@@ -277,6 +277,12 @@ def test_fp8_becomes_int8_by_device(monkeypatch, tmp_path, caplog):
         load(checkpoint(FP8), quantization_config=SkyworkFp8Config(int8_devices=["cpu"]), device_map="auto")
 
 
+def test_fp8_that_became_int8_is_read_from_the_offload_folder(tmp_path):
+    config = SkyworkFp8Config(int8_devices="all")
+    placed = load(checkpoint(FP8), quantization_config=config, device_map=ON_DISK, offload_folder=tmp_path)
+    assert torch.equal(golden_logits(placed, FP8), golden_logits(load(checkpoint(FP8), quantization_config=config), FP8))
+
+
 def test_a_rule_by_device_reads_the_device_map(monkeypatch):
     from skywork_hf.quantization.quantizers import _int8_rule
 
@@ -300,6 +306,13 @@ def test_a_mixture_is_not_saved(tmp_path, monkeypatch, caplog):
     with pytest.raises(ValueError, match="not serializable"):
         model.save_pretrained(tmp_path / "mixture")
     assert not (tmp_path / "mixture").exists()
+
+
+def test_weights_that_are_quantised_while_loading_cannot_be_on_disk(bf16_folder, tmp_path):
+    """accelerate would read the 16-bit weights of the files as the quantised ones."""
+    for config in (SkyworkInt8Config(), SkyworkFp8Config()):
+        with pytest.raises(ValueError, match="quantised while loading"):
+            load(bf16_folder, device_map=ON_DISK, offload_folder=tmp_path / "offload", quantization_config=config)
 
 
 # --- memory

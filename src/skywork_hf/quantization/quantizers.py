@@ -37,6 +37,14 @@ class _SkyworkQuantizer(HfQuantizer):
         """Adapters can be trained through the frozen weights."""
         return True
 
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse what is quantised while loading on disk: accelerate would read the files' 16-bit weights as that."""
+        if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "The device map offloads modules to the disk, and weights that are quantised while loading are not on "
+                'it: put them on "cpu", or save the model quantised first, with `save_pretrained`, and load that.'
+            )
+
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         module_name, _, tensor_name = param_name.rpartition(".")
         quantized = isinstance(model.get_submodule(module_name), SkyworkQuantizedLinear)
@@ -135,6 +143,7 @@ class SkyworkFp8Quantizer(_SkyworkQuantizer):
         return self.quantization_config.activation_scheme or "dynamic"
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        super().validate_environment(*args, **kwargs)
         if self.scheme == "static" and not self.pre_quantized:
             raise ValueError(
                 'activation_scheme="static" needs scales that were calibrated on text, which a 16-bit checkpoint does '
