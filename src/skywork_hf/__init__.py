@@ -5,6 +5,7 @@ from importlib.metadata import version
 from .configuration_skywork import SkyworkConfig, SkyworkMoeConfig
 from .modeling_skywork import SkyworkForCausalLM, SkyworkForSequenceClassification, SkyworkModel
 from .modeling_skywork_moe import SkyworkMoeForCausalLM, SkyworkMoeModel
+from .placement import collect_expert_usage, placement_report, plan_device_map
 from .quantization import SkyworkFp8Config, SkyworkInt8Config
 from .registration import register
 from .tokenization_skywork import SkyworkTokenizer
@@ -21,6 +22,9 @@ __all__ = [
     "SkyworkMoeForCausalLM",
     "SkyworkMoeModel",
     "SkyworkTokenizer",
+    "collect_expert_usage",
+    "placement_report",
+    "plan_device_map",
 ]
 
 register()

@@ -11,8 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
+from .placement import measured_bandwidth, placement_report, plan_device_map
+
 GOLDEN_LOGITS_TOLERANCE = 2e-5  # two correct float32 implementations were seen to differ by 1e-5
 NEW_TOKENS = 24
+CONTEXT_TOKENS = 64
 
 
 def tiny_checkpoint() -> Path:
@@ -22,26 +25,33 @@ def tiny_checkpoint() -> Path:
 
 
 def run() -> None:
-    """Load, describe, compare, generate.
+    """Plan, load, describe, compare, generate, and look where everything is.
 
     Raises:
-        ValueError: the model disagrees with the reference by more than float32 rounding.
+        ValueError: the model disagrees with the reference by more than float32 rounding, or is not where it was
+            planned to be.
     """
     checkpoint = tiny_checkpoint()
-    print(f"Loading {checkpoint.name} as any checkpoint: AutoTokenizer, AutoModelForCausalLM, no remote code.")
+    print(f"Planning {checkpoint.name} over the devices of this machine, from its config alone:\n")
+    bandwidth = {"cpu": measured_bandwidth() / 1e9}
+    plan = plan_device_map(checkpoint, context_tokens=CONTEXT_TOKENS, bandwidth=bandwidth)
+    print(plan)
+    print("\nLoading it by that plan, as any checkpoint: AutoTokenizer, AutoModelForCausalLM, no remote code.")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, device_map=plan)
     print(describe(model))
     print(compare_with_reference(model, checkpoint))
 
     prompt = "陕西的省会是西安"
     print(f"\nGenerating {NEW_TOKENS} tokens after “{prompt}” (the weights are random: the text means nothing):")
     model.generate(
-        **tokenizer(prompt, return_tensors="pt"),
+        **tokenizer(prompt, return_tensors="pt").to(model.device),
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
         streamer=TextStreamer(tokenizer),
     )
+    print("\nWhere it all is, and what one token runs:")
+    print(placement_report(model))
 
 
 def describe(model: Any) -> str:
@@ -68,9 +78,10 @@ def compare_with_reference(model: Any, checkpoint: Path) -> str:
     Raises:
         ValueError: it does not.
     """
-    golden = load_file(checkpoint / "golden.safetensors")
+    golden = {name: value.to(model.device) for name, value in load_file(checkpoint / "golden.safetensors").items()}
     mask = golden["attention_mask"].bool()
-    logits = model(**{name: golden[name] for name in ("input_ids", "attention_mask", "position_ids")}).logits
+    inputs = {name: golden[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    logits = model(**inputs).logits
     difference = (logits - golden["logits"])[mask].abs().max().item()
     expected = golden["greedy_single"][0].tolist()
     prompt = {name: golden[name][:1] for name in ("input_ids", "attention_mask")}

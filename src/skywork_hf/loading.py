@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
@@ -11,7 +12,18 @@ from .headers import read_headers, refuse_quantized
 
 
 class SkyworkLoadingMixin(PreTrainedModel):
-    """Refuses quantised weights that the config does not speak of: they would be read without their scales."""
+    """Device maps down to the expert, and refuses quantised weights that the config does not speak of: they would be
+    read without their scales."""
+
+    # `placement.dispatch.load_placed`. Set by `registration`, as placement stands above the models.
+    _load_placed: ClassVar[Callable[..., Any]]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """transformers' own; in addition, `device_map` may be "experts" or a plan. See
+        `skywork_hf.placement.dispatch.load_placed`."""
+        load = super().from_pretrained
+        return cls._load_placed(cls, load, pretrained_model_name_or_path, *model_args, **kwargs)
 
     @staticmethod
     def _load_pretrained_model(

@@ -6,11 +6,13 @@ load-balancing loss (eq. 4).
 """
 
 # No `from __future__ import annotations`: transformers' common tests read the types in `forward`'s signature.
+from itertools import pairwise
 from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -152,10 +154,14 @@ class SkyworkMoeExpert(nn.Module):
 
 
 class SkyworkMoeExperts(nn.ModuleList):
-    """The modular layout: one module per expert, each on whatever device it was put.
+    """The modular layout: one module per expert, each on whatever device it was put, and computed there.
 
     The fused layout is transformers' own `MixtralExperts`; both have the same `forward`.
     """
+
+    # From how many rows on an expert that lives on the CPU is copied to its layer's GPU and computed there, in
+    # inference; None: never. Where the weights are read once for many rows, a bus can beat a CPU.
+    stream_from_rows: int | None = None
 
     def __init__(self, config: SkyworkMoeConfig) -> None:
         super().__init__(SkyworkMoeExpert(config) for _ in range(config.num_local_experts))
@@ -178,18 +184,52 @@ class SkyworkMoeExperts(nn.ModuleList):
         """
         tokens, top_k = top_k_index.shape
         expert_of_pair, pair = top_k_index.flatten().sort(stable=True)
+        rows = hidden_states[pair // top_k]
+        # On its way before the wait below, and there after it.
+        rows_on_cpu = rows.to("cpu", non_blocking=True) if self._needs_cpu_rows(rows) else rows
         starts = torch.arange(len(self) + 1, device=expert_of_pair.device)
         bounds = torch.searchsorted(expert_of_pair, starts).tolist()
 
-        rows = hidden_states[pair // top_k]
-        outputs = [
-            expert(rows[start:end]).to(rows.device, non_blocking=True)
-            for expert, start, end in zip(self, bounds, bounds[1:], strict=False)
-            if start < end
-        ]
+        outputs = self._outputs(rows, rows_on_cpu, bounds)
         weighted = torch.cat(outputs) * top_k_weights.flatten()[pair].unsqueeze(-1)
         by_token = weighted[pair.argsort()].view(tokens, top_k, -1)
         return by_token.sum(dim=1).to(hidden_states.dtype)
+
+    def _outputs(self, rows: torch.Tensor, rows_on_cpu: torch.Tensor, bounds: list[int]) -> list[torch.Tensor]:
+        """Each expert's outputs on its rows, on the device of `rows`. Other devices are given their work before the
+        CPU begins its own, so that all compute at the same time."""
+        runs = [(n, slice(*run)) for n, run in enumerate(pairwise(bounds)) if run[0] < run[1]]
+        outputs: dict[int, torch.Tensor] = {}
+        for number, run in sorted(runs, key=lambda run: _device_of(self[run[0]]).type == "cpu"):
+            expert = self[number]
+            device = _device_of(expert)
+            if device.type != "cpu" or rows.device.type == "cpu":
+                result = expert(rows[run] if device.type == "meta" else rows[run].to(device, non_blocking=True))
+            elif self._streams(run.stop - run.start):
+                result = compute_on(rows.device, expert, rows[run])
+            else:
+                result = expert(rows_on_cpu[run])
+            # A CPU must not read what is still on its way.
+            outputs[number] = result.to(rows.device, non_blocking=rows.device.type != "cpu")
+        return [outputs[number] for number, _ in runs]
+
+    def _needs_cpu_rows(self, rows: torch.Tensor) -> bool:
+        return rows.device.type != "cpu" and any(_device_of(expert).type == "cpu" for expert in self)
+
+    def _streams(self, rows: int) -> bool:
+        return self.stream_from_rows is not None and rows >= self.stream_from_rows and not torch.is_grad_enabled()
+
+
+def _device_of(expert: Any) -> torch.device:
+    """Where an expert lives; "meta" where accelerate brings its weights when they are needed."""
+    return expert.w1.weight.device
+
+
+def compute_on(device: torch.device, expert: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """The output of an expert on `rows`, with copies of its weights on `device` that are gone afterwards."""
+    tensors = {**dict(expert.named_parameters()), **dict(expert.named_buffers())}
+    copies = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    return functional_call(expert, copies, (rows,))
 
 
 class SkyworkMoeBlock(nn.Module):

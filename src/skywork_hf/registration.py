@@ -18,8 +18,10 @@ from transformers.quantizers import auto as quantizers_auto
 from transformers.utils import logging
 
 from .configuration_skywork import FP8_METHOD, SkyworkConfig, SkyworkMoeConfig
+from .loading import SkyworkLoadingMixin
 from .modeling_skywork import SkyworkForCausalLM, SkyworkForSequenceClassification, SkyworkModel
 from .modeling_skywork_moe import SkyworkMoeForCausalLM, SkyworkMoeModel
+from .placement.dispatch import load_placed
 from .quantization.config import INT8_METHOD, SkyworkFp8Config, SkyworkInt8Config
 from .quantization.quantizers import SkyworkFp8Quantizer, SkyworkInt8Quantizer
 from .tokenization_skywork import SkyworkTokenizer
@@ -45,6 +47,7 @@ def register() -> None:
     register_checkpoint_conversion_mapping(SkyworkMoeConfig.model_type, _fused_experts_conversion(), overwrite=True)
     # So that transformers asks each model: see `SkyworkMoePreTrainedModel.is_custom_code`.
     USER_REGISTERED_MAPPINGS.discard(SkyworkMoeConfig.model_type)
+    SkyworkLoadingMixin._load_placed = staticmethod(load_placed)
     _register_quantizer(FP8_METHOD, SkyworkFp8Config, SkyworkFp8Quantizer)
     _register_quantizer(INT8_METHOD, SkyworkInt8Config, SkyworkInt8Quantizer)
 

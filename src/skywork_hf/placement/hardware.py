@@ -1,0 +1,201 @@
+"""Devices: what common cards have, what this machine has, and how fast memory is read."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import convert_file_size_to_int
+from transformers.integrations.accelerate import get_max_memory
+
+GIB = 2**30
+CPU, DISK = "cpu", "disk"
+FP8_CAPABILITY = (8, 9)
+# Bytes copied to measure a bandwidth: more than any cache holds.
+_PROBE = 2**28
+
+
+@dataclass(frozen=True)
+class Card:
+    """A graphics card: memory in GiB, bandwidth of that memory in GB/s, CUDA compute capability."""
+
+    memory: float
+    bandwidth: float
+    capability: tuple[int, int]
+
+
+# From NVIDIA's product pages and its table of compute capabilities (developer.nvidia.com/cuda-gpus).
+CARDS = {
+    "rtx3060": Card(12, 360, (8, 6)),
+    "rtx3080": Card(10, 760, (8, 6)),
+    "rtx3090": Card(24, 936, (8, 6)),
+    "rtx3090ti": Card(24, 1008, (8, 6)),
+    "rtx4060ti": Card(16, 288, (8, 9)),
+    "rtx4070tisuper": Card(16, 672, (8, 9)),
+    "rtx4080": Card(16, 717, (8, 9)),
+    "rtx4090": Card(24, 1008, (8, 9)),
+    "rtx5070ti": Card(16, 896, (12, 0)),
+    "rtx5080": Card(16, 960, (12, 0)),
+    "rtx5090": Card(32, 1792, (12, 0)),
+    "rtxa6000": Card(48, 768, (8, 6)),
+    "rtx6000ada": Card(48, 960, (8, 9)),
+    "rtxpro6000": Card(96, 1792, (12, 0)),
+    "p40": Card(24, 347, (6, 1)),
+    "t4": Card(16, 320, (7, 5)),
+    "v100": Card(32, 900, (7, 0)),
+    "a10": Card(24, 600, (8, 6)),
+    "a40": Card(48, 696, (8, 6)),
+    "l4": Card(24, 300, (8, 9)),
+    "l40s": Card(48, 864, (8, 9)),
+    "a100": Card(80, 2039, (8, 0)),
+    "a100-40gb": Card(40, 1555, (8, 0)),
+    "h100": Card(80, 3350, (9, 0)),
+    "h200": Card(141, 4800, (9, 0)),
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """One place for weights.
+
+    Args:
+        key: as device maps write it: 0, 1, ... for GPUs, "cpu", "disk".
+        name: a card of `CARDS`, or what the machine calls it, or "".
+        budget: bytes that may be used in all.
+        bandwidth: of its memory, in bytes a second; None where nobody said.
+        has_fp8_unit: whether it multiplies FP8; None where nobody said.
+    """
+
+    key: int | str
+    name: str
+    budget: int
+    bandwidth: float | None = None
+    has_fp8_unit: bool | None = None
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.key not in (CPU, DISK)
+
+
+def card(name: str) -> tuple[str, Card]:
+    """A card by name, however it is spelled: `rtx4090`, `RTX 4090`, `NVIDIA GeForce RTX 4090`.
+
+    Raises:
+        ValueError: no such card is known; lists those that are.
+    """
+    found = _find_card(name)
+    if found is None:
+        raise ValueError(f"No card called {name!r} is known; expected one of {', '.join(CARDS)}, or a size as 24GiB.")
+    return found, CARDS[found]
+
+
+def _find_card(name: str) -> str | None:
+    plain = re.sub(r"nvidia|geforce|tesla|quadro|generation|[\s_]", "", name.lower())
+    if plain in CARDS:
+        return plain
+    # "a100-sxm4-80gb" is an a100, "a100-pcie-40gb" the smaller one.
+    if plain.startswith("a100") and "40gb" in plain:
+        return "a100-40gb"
+    return plain.split("-")[0] if plain.split("-")[0] in CARDS else None
+
+
+def devices_of(max_memory: dict[Any, Any] | None, bandwidth: dict[Any, float] | None = None) -> list[Device]:
+    """The devices to plan for: GPUs in the order of their numbers, then the CPU, then the disk.
+
+    Args:
+        max_memory: as accelerate writes it, `{0: "22GiB", "cpu": "96GiB"}`: all that may be used on each device, in
+            bytes or with a unit, or the name of a card, which then gives all three figures. None: what is free on the
+            devices that are there.
+        bandwidth: of the memory of some devices, in GB/s, where it is not known by the card's name.
+
+    Raises:
+        ValueError: a size, a device or a card that cannot be understood.
+    """
+    given = get_max_memory() if max_memory is None else max_memory
+    given_bandwidth = {_key(key): value * 1e9 for key, value in (bandwidth or {}).items()}
+    devices = [_device(_key(key), value, given_bandwidth) for key, value in given.items()]
+    if unknown := given_bandwidth.keys() - {device.key for device in devices}:
+        raise ValueError(f"`bandwidth` names {sorted(map(str, unknown))}, which `max_memory` does not have.")
+    order = {CPU: 1, DISK: 2}
+    # As strings of one length, since device keys may be numbers and names.
+    return sorted(devices, key=lambda device: (order.get(str(device.key), 0), str(device.key).rjust(8)))
+
+
+def _key(key: Any) -> int | str:
+    text = str(key).removeprefix("cuda:")
+    if text.isdigit():
+        return int(text)
+    if text not in (CPU, DISK):
+        try:
+            torch.device(text)
+        except RuntimeError:
+            raise ValueError(f'{key!r} is no device: expected a GPU\'s number, "cpu" or "disk".') from None
+    return text
+
+
+def _device(key: int | str, value: Any, bandwidth: dict[int | str, float]) -> Device:
+    if key in (CPU, DISK):
+        return Device(key, "", _bytes(key, value), bandwidth.get(key), False)
+    named = _find_card(value) if isinstance(value, str) else None
+    if named is None and isinstance(value, str) and not value[:1].isdigit():
+        card(value)  # says which names are known
+    here = _card_here(key)
+    name, spec = (named, CARDS[named]) if named else here
+    budget = int(CARDS[named].memory * GIB) if named else _bytes(key, value)
+    speed = bandwidth.get(key, spec.bandwidth * 1e9 if spec else None)
+    return Device(key, name, budget, speed, spec.capability >= FP8_CAPABILITY if spec else None)
+
+
+def _bytes(key: int | str, value: Any) -> int:
+    try:
+        size = int(convert_file_size_to_int(value) if isinstance(value, str) else value)
+    except (ValueError, TypeError):
+        raise ValueError(f"`max_memory` of {key!r} is {value!r}: expected bytes, or a size as '22GiB'.") from None
+    if size < 0:
+        raise ValueError(f"`max_memory` of {key!r} is {value!r}: expected a size of at least 0.")
+    return size
+
+
+def _card_here(key: int | str) -> tuple[str, Card | None]:
+    """The name and figures of the GPU with this number in this machine, as far as they are known."""
+    if not (isinstance(key, int) and torch.cuda.is_available() and key < torch.cuda.device_count()):
+        return "", None
+    properties = torch.cuda.get_device_properties(key)
+    known = _find_card(properties.name)
+    capability = (properties.major, properties.minor)
+    if known:
+        return known, Card(CARDS[known].memory, CARDS[known].bandwidth, capability)
+    return properties.name, Card(properties.total_memory / GIB, measured_bandwidth(f"cuda:{key}") / 1e9, capability)
+
+
+def measured_bandwidth(device: str = CPU) -> float:
+    """Bytes a second that all of a device's cores read from its memory: the fastest of some sums of 256 MiB."""
+    probe = torch.ones(_PROBE // 4, device=device)
+    return _PROBE / fastest_seconds(lambda: probe.sum().item())
+
+
+def fastest_seconds(run: Callable[[], Any], rounds: int = 3) -> float:
+    """Seconds of the fastest of some calls; `run` waits for its own result."""
+    run()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def device_like(name: str, gpus: list[Device]) -> Device:
+    """A GPU to add: a card by name, or a size, of a card that is otherwise as the first of `gpus`.
+
+    Raises:
+        ValueError: the name is of no known card and is no size.
+    """
+    new = _device(-1, name, {})
+    if new.name or not gpus:
+        return new
+    return Device(-1, gpus[0].name, new.budget, gpus[0].bandwidth, gpus[0].has_fp8_unit)

@@ -1,0 +1,185 @@
+"""One attempt to place all parts of a request within its budgets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .cost import Reading, reading_of
+from .hardware import CPU, DISK, Device
+from .memory import CUDA_CONTEXT, ModelParts, Part
+from .precision import BITSANDBYTES, PLAIN
+from .request import Request
+from .spread import DoesNotFit, Key, spread_dense, spread_experts
+
+# What bytes are counted by.
+KINDS = ("dense", "experts", "cache", "working", "context")
+
+
+@dataclass
+class Placement:
+    """Where everything goes.
+
+    Args:
+        device_map: module names to devices.
+        dense: the device of each layer's dense part.
+        experts: by layer, the device of each expert; empty for a layer without.
+        nbytes: by device and kind (`KINDS`).
+        reading: what a decoded token reads.
+    """
+
+    device_map: dict[str, Key]
+    dense: list[Key]
+    experts: list[list[Key]]
+    nbytes: dict[Key, dict[str, int]]
+    reading: Reading
+
+
+def place(request: Request, parts: ModelParts) -> Placement:
+    """Place `parts`.
+
+    Raises:
+        DoesNotFit: not within these budgets.
+    """
+    placer = _Placer(request, parts)
+    try:
+        return placer.place(streams=False)
+    except DoesNotFit:
+        if not placer.may_stream:
+            raise
+        return placer.place(streams=True)
+
+
+class _Placer:
+    def __init__(self, request: Request, parts: ModelParts) -> None:
+        self.request, self.parts = request, parts
+        self.precision = request.precision()
+        self.gpus = [gpu for gpu in request.gpus if gpu.budget > 0]
+        self.devices = self._usable_devices()
+        self.moe_layers = [layer for layer in parts.layers if layer.experts]
+        self.loads, self.together = self._usage()
+        # What a device that is not there would hold weights as: what the last one does.
+        last = request.devices[-1].key if request.devices else CPU
+        self.methods = {CPU: self.precision.methods.get(last, PLAIN), **self.precision.methods}
+        self.expert_sizes = {
+            key: max((self._size(part, key) for layer in self.moe_layers for part in layer.experts), default=0)
+            for key in {CPU, *self.devices}
+        }
+
+    @property
+    def may_stream(self) -> bool:
+        """Whether experts can live on the CPU beside GPUs, to which long prompts would copy them."""
+        return bool(self.moe_layers and self.gpus and CPU in self.devices)
+
+    def _usable_devices(self) -> dict[Key, Device]:
+        """All that loading allows: transformers refuses bitsandbytes' weights on the CPU beside GPUs, and only weights
+        as the files have them can be on disk."""
+        bitsandbytes = any(method in BITSANDBYTES for method in self.precision.methods.values())
+        usable = self.gpus if bitsandbytes and self.gpus else self.request.devices
+        return {device.key: device for device in usable if device.key != DISK or not self.precision.rewrites}
+
+    def place(self, streams: bool) -> Placement:
+        """With `streams` experts may live on the CPU and be copied to a GPU for long prompts, so that GPUs keep room
+        for them; without, where there are GPUs, everything is on them."""
+        dense, used = self._place_dense(streams)
+        experts = self._place_experts(dense, used, streams)
+        return self._placement(dense, experts, streams)
+
+    def _usage(self) -> tuple[list[list[float]], Any]:
+        if not self.moe_layers:
+            return [], None
+        shape = len(self.moe_layers), len(self.moe_layers[0].experts)
+        usage = self.request.usage
+        if usage is None:
+            return [[1.0] * shape[1] for _ in range(shape[0])], None
+        if tuple(usage.counts.shape) != shape:
+            raise ValueError(
+                f"`expert_usage` counts {list(usage.counts.shape)} (MoE layers, experts) and the model has "
+                f"{list(shape)}: collect it with this model."
+            )
+        return usage.shares.tolist(), (usage.together.double() / max(1, usage.tokens)).tolist()
+
+    def _size(self, part: Part, key: Key) -> int:
+        return part.nbytes(self.methods[key], self.parts.itemsize)
+
+    def _context(self, key: Key) -> int:
+        return 0 if key in (CPU, DISK) else CUDA_CONTEXT
+
+    def _working(self, key: Key, has_dense: bool, streams: bool) -> int:
+        """Bytes that a device needs beside weights and cache."""
+        if key == DISK:
+            return 0
+        working = self.parts.expert_working_bytes(self.request.tokens)
+        if has_dense:
+            working += self.parts.dense_working_bytes(self.request.tokens, self.request.batch_size)
+        if streams and has_dense and key != CPU:
+            working += 2 * self.expert_sizes[CPU]  # the expert that computes, and the next one on its way
+        if self.precision.quantises and key != CPU:
+            working = max(working, self.parts.loading_bytes)
+        return working
+
+    def _room(self, key: Key, has_dense: bool, streams: bool) -> int:
+        """Bytes that a device has for weights and cache."""
+        return self.devices[key].budget - self._context(key) - self._working(key, has_dense, streams)
+
+    @property
+    def _dense_units(self) -> list[tuple[list[Part], int]]:
+        """What goes to one device as a whole, in the order of the forward pass: head, layers and tail, each with the
+        bytes of its cache."""
+        head, tail = self.parts.head, self.parts.tail
+        layers = [([layer.dense], self.parts.kv_bytes(self.request.tokens)) for layer in self.parts.layers]
+        return [([head, tail], 0), *layers] if self.parts.is_tied else [([head], 0), *layers, ([tail], 0)]
+
+    def _place_dense(self, streams: bool) -> tuple[list[Key], dict[Key, int]]:
+        """The device of each dense unit, and the bytes that they take on each."""
+        units = self._dense_units
+
+        def size_of(unit: int, key: Key) -> int:
+            parts, cache = units[unit]
+            return sum(self._size(part, key) for part in parts) + cache
+
+        room = {gpu.key: self._room(gpu.key, True, streams) for gpu in self.gpus}
+        dense = spread_dense(len(units), size_of, self.gpus, room)
+        used: dict[Key, int] = dict.fromkeys([*self.devices, CPU], 0)
+        for unit, key in enumerate(dense):
+            used[key] += size_of(unit, key)
+        if CPU in dense:
+            left = self._room(CPU, True, streams) if CPU in self.devices else 0
+            if used[CPU] > left:
+                raise DoesNotFit(used[CPU] - left)
+        return dense, used
+
+    def _place_experts(self, dense: list[Key], used: dict[Key, int], streams: bool) -> list[list[Key]]:
+        if not self.moe_layers:
+            return [[] for _ in self.parts.layers]
+        capacity = {
+            key: max(0, (self._room(key, key in dense, streams) - used[key]) // self.expert_sizes[key])
+            for key in self.devices
+        }
+        if self.may_stream and not streams:
+            capacity = {key: number for key, number in capacity.items() if self.devices[key].is_gpu}
+        try:
+            placed = iter(spread_experts(self.loads, self.together, self.gpus, capacity))
+        except DoesNotFit as error:
+            raise DoesNotFit(error.shortfall * self.expert_sizes[CPU]) from None
+        return [next(placed) if layer.experts else [] for layer in self.parts.layers]
+
+    def _placement(self, dense: list[Key], experts: list[list[Key]], streams: bool) -> Placement:
+        device_map: dict[str, Key] = {}
+        nbytes = {device.key: dict.fromkeys(KINDS, 0) for device in self.request.devices}
+        for (parts, cache), key in zip(self._dense_units, dense, strict=True):
+            device_map.update((name, key) for part in parts for name in part.names)
+            nbytes[key]["dense"] += sum(self._size(part, key) for part in parts)
+            nbytes[key]["cache"] += cache
+        for layer, keys in zip(self.parts.layers, experts, strict=True):
+            for expert, key in zip(layer.experts, keys, strict=True):
+                device_map[expert.names[0]] = key
+                nbytes[key]["experts"] += self._size(expert, key)
+        for key, kinds in nbytes.items():
+            if any(kinds.values()):
+                kinds |= {"working": self._working(key, key in dense, streams), "context": self._context(key)}
+        layers = dense[1:] if self.parts.is_tied else dense[1:-1]
+        tail = dense[0] if self.parts.is_tied else dense[-1]
+        tokens = self.request.tokens, self.request.batch_size
+        reading = reading_of(self.parts, self._size, self.devices, layers, tail, experts, tokens, self.loads)
+        return Placement(device_map, layers, experts, nbytes, reading)

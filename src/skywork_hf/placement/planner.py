@@ -1,0 +1,164 @@
+"""`plan_device_map`: from a config and budgets to a device map, or to the reason why there is none."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from ..configuration_skywork import SkyworkConfig, SkyworkMoeConfig
+from .hardware import CPU, GIB, devices_of
+from .memory import ModelParts
+from .placer import place
+from .plan import PlacementPlan
+from .request import Request
+from .spread import DoesNotFit
+from .usage import ExpertUsage
+
+STRATEGIES = ("experts", "layers")
+# Tried where something does not fit, from the least change to the largest.
+_SMALLER = ("fp8", "int8", "nf4")
+_MOST_GPUS = 64
+
+
+def plan_device_map(
+    model: str | Path | PreTrainedConfig,
+    max_memory: dict[Any, Any] | None = None,
+    quantization: Any = None,
+    *,
+    context_tokens: int | None = None,
+    batch_size: int = 1,
+    strategy: str = "experts",
+    expert_usage: ExpertUsage | str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+    bandwidth: dict[Any, float] | None = None,
+    stream_from_rows: int | None = None,
+    model_class: Any = None,
+    **config_options: Any,
+) -> PlacementPlan:
+    """Plan where each part and each expert of a model goes, from its config alone: no weights are read.
+
+    Attention, norms, gates, embeddings and head, with the cache of their layers, go to the fastest GPUs; the experts
+    of each layer are spread evenly over all GPUs; experts that do not fit go to the CPU, where they are computed.
+
+    Args:
+        model: a folder, a name on the Hub, or a config.
+        max_memory: all that may be used on each device, as accelerate writes it: `{0: "22GiB", "cpu": "96GiB"}`. The
+            name of a card (`{0: "rtx4090"}`) stands for all of its memory, and tells its bandwidth and whether it has
+            an FP8 unit. None is what is free now on the devices of this machine. Weights on the CPU stay mapped from
+            safetensors files, so "cpu" may be more than the RAM; `{"disk": ...}` takes what remains by accelerate's
+            offload.
+        quantization: None for what the checkpoint is; "fp8", "int8", "bnb-int8", "nf4", "bf16", "fp16" or "fp32"; such
+            names by device, as in `{"gpu": "fp8", "cpu": "int8"}`; or a `quantization_config` of `from_pretrained`.
+        context_tokens: tokens of a sequence, prompt and answer; the cache of all of them, and a prompt as long, are
+            reckoned with. None is `config.max_position_embeddings`.
+        batch_size: sequences at a time.
+        strategy: "experts", or "layers" for whole layers one after another, as a dense model always has them.
+        expert_usage: counts of `collect_expert_usage`, or their file: the least used experts leave the GPUs first,
+            and those often chosen together are parted.
+        dtype: of what is not quantised and of the cache; None for the checkpoint's.
+        bandwidth: of a device's memory in GB/s, for the bound on tokens a second, where no card's name tells it:
+            `{"cpu": 60}`.
+        stream_from_rows: from how many rows (tokens of a prompt) on an expert that lives on the CPU is copied to its
+            layer's GPU and computed there. None measures it when the model is loaded.
+        model_class: the class that will be loaded; None is the causal language model.
+        config_options: for `AutoConfig.from_pretrained`: `revision`, `token`, `experts_layout`, ...
+
+    Returns:
+        The plan; `plan.device_map` and `plan.quantization_config` are what `from_pretrained` takes.
+
+    Raises:
+        ValueError: it does not fit: says how many GiB are missing and what would make it fit. Or an argument is wrong.
+    """
+    config = model if isinstance(model, PreTrainedConfig) else AutoConfig.from_pretrained(model, **config_options)
+    _check(config, strategy, context_tokens, batch_size)
+    devices = devices_of(max_memory, bandwidth)
+    usage = ExpertUsage.load(expert_usage) if isinstance(expert_usage, str | Path) else expert_usage
+    request = Request(
+        name=str(config.name_or_path) if isinstance(model, PreTrainedConfig) else str(model),
+        config=config,
+        model_class=model_class or AutoModelForCausalLM._model_mapping[type(config)],
+        devices=tuple(devices),
+        quantization=quantization,
+        dtype=dtype,
+        context_tokens=context_tokens or config.max_position_embeddings,
+        batch_size=batch_size,
+        strategy=strategy,
+        usage=usage,
+        stream_from_rows=stream_from_rows,
+    )
+    try:
+        return PlacementPlan.of(request)
+    except DoesNotFit as error:
+        raise ValueError(_refusal(request, error.shortfall)) from None
+
+
+def _check(config: Any, strategy: str, context_tokens: int | None, batch_size: int) -> None:
+    if not isinstance(config, SkyworkConfig | SkyworkMoeConfig):
+        raise ValueError(f"`model` is of type {config.model_type!r}: expected a Skywork model.")
+    if strategy not in STRATEGIES:
+        raise ValueError(f"`strategy`={strategy!r}: expected one of {', '.join(STRATEGIES)}.")
+    for name, value in (("context_tokens", context_tokens), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}`={value}: expected at least 1.")
+    if strategy == "experts" and getattr(config, "experts_layout", None) == "fused":
+        raise ValueError(
+            'experts_layout="fused" holds the experts of a layer in one tensor, which cannot be spread: leave it '
+            'away, or take strategy="layers".'
+        )
+
+
+def _refusal(request: Request, shortfall: int) -> str:
+    """What is missing, and the smallest changes of each kind that would do."""
+    parts = request.parts()
+    ways = [*_smaller_weights(request, parts), *_more_gpus(request, parts), *_more_ram(request, parts)]
+    where = ", ".join(f"{device.key}: {device.budget / GIB:.4g} GiB" for device in request.devices)
+    advice = f"It would fit with {', or with '.join(ways)}." if ways else "No smaller weights and no more GPUs help."
+    return (
+        f"{request.name or request.model_class.__name__} does not fit into {where or 'no devices'}: "
+        f"{shortfall / GIB:.4g} GiB are missing for {request.batch_size} x {request.context_tokens:,} tokens. {advice}"
+    )
+
+
+def _fits(request: Request, parts: ModelParts) -> bool:
+    try:
+        place(request, parts)
+    except (DoesNotFit, ValueError):  # the latter where a checkpoint is quantised and cannot become something else
+        return False
+    return True
+
+
+def _smaller_weights(request: Request, parts: ModelParts) -> list[str]:
+    for name in _SMALLER:
+        if _fits(replace(request, quantization=name), parts):
+            return [f'quantization="{name}"']
+    return []
+
+
+def _more_gpus(request: Request, parts: ModelParts) -> list[str]:
+    if not request.gpus:
+        return []
+    largest = max(request.gpus, key=lambda gpu: gpu.budget)
+    for count in range(1, _MOST_GPUS + 1):
+        if _fits(request.with_gpus(largest, count), parts):
+            what = largest.name or f"{largest.budget / GIB:.4g} GiB"
+            return [f"{count} more GPU{'s' if count > 1 else ''} of {what}"]
+    return []
+
+
+def _more_ram(request: Request, parts: ModelParts) -> list[str]:
+    """The least whole GiB for the CPU, found by halving."""
+    budget = next((device.budget for device in request.devices if device.key == CPU), 0)
+    low, high = budget // GIB, 2 ** math.ceil(math.log2(budget / GIB + 1))
+    while not _fits(request.with_budget(CPU, high * GIB), parts):
+        low, high = high, 2 * high
+        if high > 2**14:
+            return []
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _fits(request.with_budget(CPU, middle * GIB), parts) else (middle, high)
+    return [f"{high} GiB for the CPU ({budget / GIB:.4g} GiB now)"]

@@ -1,0 +1,166 @@
+"""What was loaded, held against what was planned."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.accelerate import get_device
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils import logging
+
+from ..modeling_skywork_moe import SkyworkMoeExperts
+from ..quantization import kernels
+from ..quantization.linear import SkyworkFp8Linear, SkyworkInt8Linear
+from .hardware import DISK, GIB
+from .memory import statistics_bytes
+from .plan import PlacementPlan
+from .spread import Key
+
+logger = logging.get_logger(__name__)
+
+# Loaded bytes may differ from the planned ones by this share.
+TOLERANCE = 0.01
+
+
+@dataclass
+class PlacementReport:
+    """A loaded model, by device.
+
+    Args:
+        weight_bytes: parameters and buffers.
+        planned_bytes: the same by the plan; None without one.
+        experts: by device, how many experts of which dtype run which kernel for one token, as (dtype, kernel).
+        stream_from_rows: from how many rows on experts of the CPU are copied to a GPU; None for never.
+        problems: what is not as planned, in sentences.
+    """
+
+    weight_bytes: dict[Key, int]
+    planned_bytes: dict[Key, int] | None
+    experts: dict[Key, Counter[tuple[str, str]]]
+    stream_from_rows: int | None
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{'device':10}{'GiB':>10}{'planned':>10}  experts (dtype, kernel for one token)"]
+        for key in sorted(self.weight_bytes, key=str):
+            planned = "-" if self.planned_bytes is None else f"{self.planned_bytes.get(key, 0) / GIB:.4g}"
+            experts = ", ".join(f"{n} x {dtype} {kernel}" for (dtype, kernel), n in self.experts[key].items())
+            lines.append(f"{key!s:10}{self.weight_bytes[key] / GIB:10.4g}{planned:>10}  {experts or '-'}")
+        if self.stream_from_rows is not None:
+            lines.append(f"experts on the CPU are copied to a GPU from {self.stream_from_rows} rows on")
+        return "\n".join([*lines, *self.problems])
+
+
+def placement_report(model: Any, plan: PlacementPlan | None = None, lenient: bool = False) -> PlacementReport:
+    """Look where every parameter and every expert of a loaded model is, and how it is computed.
+
+    Args:
+        model: a loaded Skywork model.
+        plan: what it was to be; None takes `model.placement_plan`, which loading by a plan leaves there.
+        lenient: warn instead of raising.
+
+    Returns:
+        The report; print it.
+
+    Raises:
+        ValueError: the model is not as planned: an expert on another device, in another dtype or with another kernel,
+            bytes that differ by more than 1 %, or an expert in 16 bit in a quantised model. Names it.
+    """
+    plan = plan or getattr(model, "placement_plan", None)
+    report = PlacementReport(
+        weight_bytes=_weight_bytes(model),
+        planned_bytes=None if plan is None else {key: plan.weight_bytes(key) for key in plan.bytes_per_device},
+        experts=defaultdict(Counter),
+        stream_from_rows=next((e.stream_from_rows for _, e in _experts_of(model) if e.stream_from_rows), None),
+    )
+    for name, experts in _experts_of(model):
+        for number, expert in enumerate(experts):
+            _look_at(f"{name}.{number}", expert, model, plan, report)
+    if report.planned_bytes is not None:
+        report.problems += _differing_bytes(report.weight_bytes, report.planned_bytes)
+    for problem in report.problems if lenient else []:
+        logger.warning(problem)
+    if report.problems and not lenient:
+        raise ValueError(
+            f"{len(report.problems)} things are not as planned: "
+            + " ".join(report.problems[:5])
+            + " Ask for the whole "
+            "report with placement_report(model, lenient=True), or load with lenient_placement=True to go on."
+        )
+    return report
+
+
+def _experts_of(model: nn.Module) -> list[tuple[str, SkyworkMoeExperts]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, SkyworkMoeExperts)]
+
+
+def _key_of(model: Any, name: str, tensor: torch.Tensor) -> Key:
+    """The device of a tensor as a device map writes it; for one that accelerate keeps away, where the map puts it."""
+    if tensor.device.type == "meta":
+        return get_device(model.hf_device_map, name)  # type: ignore[return-value]
+    if tensor.device.type == "cuda":
+        return tensor.device.index
+    return str(tensor.device)
+
+
+def _weight_bytes(model: Any) -> dict[Key, int]:
+    found: dict[Key, int] = defaultdict(int)
+    # Each tied tensor comes once.
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        found[_key_of(model, name, tensor)] += tensor.nbytes + statistics_bytes(tensor)
+    return dict(found)
+
+
+def _look_at(name: str, expert: Any, model: Any, plan: PlacementPlan | None, report: PlacementReport) -> None:
+    """Add an expert to the report."""
+    key = _key_of(model, f"{name}.w1.weight", expert.w1.weight)
+    linears = {f"{name}.{part}": getattr(expert, part) for part in ("w1", "w2", "w3")}
+    dtypes = "+".join(sorted({str(linear.weight.dtype).removeprefix("torch.") for linear in linears.values()}))
+    kernel = "+".join(sorted({kernel_of(linear, model.dtype) for linear in linears.values()}))
+    report.experts[key][dtypes, kernel] += 1
+    plain = [
+        path for path, linear in linears.items() if type(linear) is nn.Linear and _should_be_quantised(model, path)
+    ]
+    report.problems += [f"`{path}` was left in {dtypes}, where the model is quantised." for path in plain]
+    if plan is None:
+        return
+    planned = plan.device_map.get(name, key)
+    if planned != key:
+        report.problems.append(f"`{name}` is on {key!r}, planned on {planned!r}.")
+    elif key != DISK and not plain and kernel not in plan.kernel(key).split("/"):
+        report.problems.append(f"`{name}` runs {kernel} on {key!r}, where {plan.kernel(key)} was planned.")
+
+
+def _should_be_quantised(model: Any, path: str) -> bool:
+    if getattr(model, "hf_quantizer", None) is None:
+        return False
+    config = model.hf_quantizer.quantization_config
+    kept = getattr(config, "modules_to_not_convert", None) or getattr(config, "llm_int8_skip_modules", None)
+    return should_convert_module(path, kept or [])
+
+
+def kernel_of(linear: nn.Module, dtype: torch.dtype) -> str:
+    """What a linear runs for one token of `dtype`; the names are those of `PlacementPlan.kernel`."""
+    device: Any = linear.weight.device
+    if isinstance(linear, SkyworkFp8Linear):
+        scheme = linear.activation_scheme
+        return kernels.fp8_kernel(kernels.has_fp8_unit(device), linear.weight.shape, scheme)
+    if isinstance(linear, SkyworkInt8Linear):
+        shape = linear.weight.shape
+        return kernels.int8_kernel(device.type, dtype, 1, shape, linear.quantize_activations)
+    return "bitsandbytes" if type(linear).__module__.startswith("bitsandbytes") else "linear"
+
+
+def _differing_bytes(found: dict[Key, int], planned: dict[Key, int]) -> list[str]:
+    problems = []
+    for key in sorted(found.keys() | planned.keys(), key=str):
+        real, expected = found.get(key, 0), planned.get(key, 0)
+        if abs(real - expected) > TOLERANCE * max(real, expected):
+            problems.append(
+                f"{key!r} holds {real / GIB:.4g} GiB of weights and {expected / GIB:.4g} GiB were planned."
+            )
+    return problems

@@ -1,0 +1,115 @@
+"""Plans as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig
+
+from .. import modeling_skywork, modeling_skywork_moe
+from ..configuration_skywork import SkyworkConfig
+from ..quantization.config import SkyworkFp8Config, SkyworkInt8Config
+from .cost import Reading
+from .hardware import Device
+from .placer import Placement
+from .plan import PlacementPlan
+from .request import Request
+from .usage import ExpertUsage
+
+_FORMAT = "skywork_hf placement plan 1"
+_QUANTIZATION_CLASSES = {kind.__name__: kind for kind in (SkyworkFp8Config, SkyworkInt8Config, BitsAndBytesConfig)}
+_MODEL_CLASSES = {
+    name: getattr(module, name) for module in (modeling_skywork, modeling_skywork_moe) for name in module.__all__
+}
+
+
+def save(plan: PlacementPlan, path: str | Path) -> None:
+    """Write `plan`. Dicts whose keys are devices are written as lists of pairs, as JSON's keys are strings."""
+    request, placement = plan.request, plan.placement
+    plain = ("name", "context_tokens", "batch_size", "strategy", "stream_from_rows")
+    content = {
+        "format": _FORMAT,
+        **{name: getattr(request, name) for name in plain},
+        "config": json.loads(request.config.to_json_string()),
+        "model_class": request.model_class.__name__,
+        "devices": [asdict(device) for device in request.devices],
+        "quantization": _quantization_to_json(request.quantization),
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "usage": request.usage and request.usage.to_dict(),
+        "device_map": _pairs(placement.device_map),
+        "dense": placement.dense,
+        "experts": placement.experts,
+        "bytes": _pairs(placement.nbytes),
+        "bytes_read_per_token": _pairs(placement.reading.nbytes),
+        "seconds_per_step": placement.reading.seconds and _pairs(placement.reading.seconds),
+    }
+    Path(path).write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def load(path: str | Path) -> PlacementPlan:
+    """Read what `save` wrote.
+
+    Raises:
+        ValueError: the file is something else.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT:
+            raise ValueError(f"its format is {content['format']!r}, expected {_FORMAT!r}")
+        return PlacementPlan(_request(content), _placement(content))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no placement plan ({error}): write one with `plan.save`.") from error
+
+
+def _request(content: dict[str, Any]) -> Request:
+    return Request(
+        name=content["name"],
+        config=SkyworkConfig.from_dict(content["config"]),
+        model_class=_MODEL_CLASSES[content["model_class"]],
+        devices=tuple(Device(**device) for device in content["devices"]),
+        quantization=_quantization_from_json(content["quantization"]),
+        dtype=getattr(torch, content["dtype"]),
+        context_tokens=content["context_tokens"],
+        batch_size=content["batch_size"],
+        strategy=content["strategy"],
+        usage=content["usage"] and ExpertUsage.from_dict(content["usage"]),
+        stream_from_rows=content["stream_from_rows"],
+    )
+
+
+def _placement(content: dict[str, Any]) -> Placement:
+    seconds = content["seconds_per_step"]
+    reading = Reading(
+        dict(content["bytes_read_per_token"]),
+        seconds and {(kind, key): value for (kind, key), value in seconds},
+    )
+    return Placement(
+        dict(content["device_map"]), content["dense"], content["experts"], dict(content["bytes"]), reading
+    )
+
+
+def _pairs(values: dict[Any, Any]) -> list[list[Any]]:
+    return [[key, value] for key, value in values.items()]
+
+
+def _quantization_to_json(quantization: Any) -> Any:
+    if quantization is None or isinstance(quantization, str):
+        return quantization
+    if isinstance(quantization, dict):
+        return {"pairs": _pairs(quantization)}
+    ours = {name: value for name, value in vars(quantization).items() if name != "quant_method"}
+    arguments = quantization.to_dict() if isinstance(quantization, BitsAndBytesConfig) else ours
+    return {"class": type(quantization).__name__, "arguments": arguments}
+
+
+def _quantization_from_json(written: Any) -> Any:
+    if not isinstance(written, dict):
+        return written
+    if "pairs" in written:
+        return dict(written["pairs"])
+    kind: Any = _QUANTIZATION_CLASSES[written["class"]]
+    return kind.from_dict(written["arguments"]) if kind is BitsAndBytesConfig else kind(**written["arguments"])

@@ -1,0 +1,116 @@
+"""Plans in words and letters, for a terminal."""
+
+from __future__ import annotations
+
+from .hardware import CPU, DISK, GIB
+from .placer import KINDS
+from .plan import Comparison, PlacementPlan
+from .precision import PLAIN
+from .spread import Key
+
+_COLUMNS = ("dense", "experts", "KV cache", "working", "context", "total", "budget", "read a token")
+_LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def describe(plan: PlacementPlan) -> str:
+    """The table of devices in GiB, the map, and the bound."""
+    request = plan.request
+    sequences = "one sequence" if request.batch_size == 1 else f"{request.batch_size} sequences"
+    title = f"{request.name or request.model_class.__name__}: {sequences} of {request.context_tokens:,} tokens; GiB"
+    return "\n".join([title, *_table(plan), "", *_map(plan), "", *_conclusions(plan)])
+
+
+def _table(plan: PlacementPlan) -> list[str]:
+    weights = {device.key: _weights(plan, device.key) for device in plan.request.devices}
+    width = max(map(len, weights.values())) + 1
+    rows = [f"{'device':16}{'weights':{width}}" + "".join(f"{name:>{_width(name)}}" for name in _COLUMNS)]
+    for device in plan.request.devices:
+        kinds = plan.bytes_per_device[device.key]
+        read = plan.bytes_read_per_token.get(device.key, 0)
+        sizes = [*(kinds[kind] for kind in KINDS), sum(kinds.values()), device.budget, read]
+        cells = "".join(
+            f"{size / GIB:{_width(name)}.{_digits(size)}f}" for name, size in zip(_COLUMNS, sizes, strict=True)
+        )
+        rows.append(f"{f'{device.key} {device.name}':16}{weights[device.key]:{width}}{cells}")
+    return rows
+
+
+def _width(column: str) -> int:
+    return max(10, len(column) + 2)
+
+
+def _digits(size: float) -> int:
+    """Decimals that show a small model's sizes too."""
+    return 2 if size >= GIB // 10 or size == 0 else 5
+
+
+def _weights(plan: PlacementPlan, key: Key) -> str:
+    precision = plan.request.precision()
+    method = precision.methods.get(key, PLAIN) or str(precision.dtype).removeprefix("torch.")
+    return f"{method} ({plan.kernel(key)})" if plan.weight_bytes(key) else "-"
+
+
+def _map(plan: PlacementPlan) -> list[str]:
+    """One line a layer: the device of its dense part, then that of each expert."""
+    placement = plan.placement
+    if not any(placement.experts):
+        return ["layers  " + "".join(map(letter, placement.dense))]
+    lines = ["layer  dense  experts"]
+    for number, (dense, experts) in enumerate(zip(placement.dense, placement.experts, strict=True)):
+        lines.append(f"{number:5}  {letter(dense):5}  {''.join(map(letter, experts))}")
+    return lines
+
+
+def letter(key: Key) -> str:
+    """One character for a device: a GPU's number, c for the CPU, d for the disk."""
+    if key in (CPU, DISK):
+        return str(key)[0]
+    number = int(key) if str(key).isdigit() else int(str(key).rpartition(":")[2] or 0)
+    return _LETTERS[number % len(_LETTERS)]
+
+
+def _conclusions(plan: PlacementPlan) -> list[str]:
+    lines = [f"at most {speed(plan)}"]
+    total = sum(map(len, plan.placement.experts))
+    away = plan.experts_on(CPU, DISK)
+    if away and plan.request.gpus:
+        rows = plan.request.stream_from_rows
+        threshold = "measured when it is loaded" if rows is None else f"from {rows} rows on"
+        lines.append(
+            f"{away} of {total} experts are not on a GPU; those on the CPU are computed there, and copied to a GPU "
+            f"for long prompts ({threshold})"
+        )
+    unpacked = [
+        device.key
+        for device in plan.request.devices
+        if plan.weight_bytes(device.key) and plan.kernel(device.key) == "blocks"
+    ]
+    if unpacked:
+        lines.append(
+            f"{', '.join(map(str, unpacked))}: no fast kernel for one token of {_weights(plan, unpacked[0])}; each "
+            "matmul unpacks its weights first, which the bound does not count"
+        )
+    return lines
+
+
+def speed(plan: PlacementPlan) -> str:
+    """The bound on tokens a second, and what sets it."""
+    found = plan.placement.reading.bottleneck
+    if plan.tokens_per_second is None or found is None:
+        unknown = [str(d.key) for d in plan.request.devices if d.bandwidth is None and plan.weight_bytes(d.key)]
+        return f"an unknown number of tokens a second: give the bandwidth of {', '.join(unknown)}"
+    kind, key, share = found
+    where = key if key in (CPU, DISK) else f"GPU {key}"
+    return f"{plan.tokens_per_second:.3g} tokens a second, {share:.0%} of the time reading {kind} on {where}"
+
+
+def compare(comparison: Comparison) -> str:
+    """What one more card changes."""
+    before, after = comparison.before, comparison.after
+    lines = [
+        f"One more {comparison.card}: {comparison.gib:.4g} GiB, {comparison.experts_moved_off_the_cpu} experts off "
+        f"the CPU ({before.experts_on(CPU)} before, {after.experts_on(CPU)} after)",
+        f"  before: at most {speed(before)}",
+        f"  after:  at most {speed(after)}",
+    ]
+    return "\n".join(lines)
