@@ -280,7 +280,9 @@ def test_fp8_becomes_int8_by_device(monkeypatch, tmp_path, caplog):
 def test_fp8_that_became_int8_is_read_from_the_offload_folder(tmp_path):
     config = SkyworkFp8Config(int8_devices="all")
     placed = load(checkpoint(FP8), quantization_config=config, device_map=ON_DISK, offload_folder=tmp_path)
-    assert torch.equal(golden_logits(placed, FP8), golden_logits(load(checkpoint(FP8), quantization_config=config), FP8))
+    assert torch.equal(
+        golden_logits(placed, FP8), golden_logits(load(checkpoint(FP8), quantization_config=config), FP8)
+    )
 
 
 def test_a_rule_by_device_reads_the_device_map(monkeypatch):

@@ -13,8 +13,8 @@ from .hardware import Device
 from .memory import ModelParts, Part
 from .spread import Key
 
-# More sets of chosen experts than this are sampled, with a fixed seed.
-_MOST_SETS = 2000
+# More sets of chosen experts than this are sampled, with a fixed seed; so many in each layer.
+_MOST_SETS, _DRAWS = 2000, 200
 
 
 @dataclass
@@ -108,7 +108,7 @@ def _chosen_sets(load: Sequence[float], top_k: int, batch: int) -> Iterator[tupl
         total = sum(weights) or 1.0
         return ((chosen, weight / total) for chosen, weight in zip(sets, weights, strict=True) if weight)
     draw = random.Random(0)
-    return ((_draw(draw, load, top_k, batch), 1 / _MOST_SETS) for _ in range(_MOST_SETS))
+    return ((_draw(draw, load, top_k, batch), 1 / _DRAWS) for _ in range(_DRAWS))
 
 
 def _draw(draw: random.Random, load: Sequence[float], top_k: int, batch: int) -> list[int]:

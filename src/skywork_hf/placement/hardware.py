@@ -19,6 +19,9 @@ FP8_CAPABILITY = (8, 9)
 _PROBE = 2**28
 
 
+_MAKERS = ("nvidia", "geforce", "tesla", "quadro", "generation")
+
+
 @dataclass(frozen=True)
 class Card:
     """A graphics card: memory in GiB, bandwidth of that memory in GB/s, CUDA compute capability."""
@@ -54,6 +57,7 @@ CARDS = {
     "a100": Card(80, 2039, (8, 0)),
     "a100-40gb": Card(40, 1555, (8, 0)),
     "h100": Card(80, 3350, (9, 0)),
+    "h100-pcie": Card(80, 2000, (9, 0)),
     "h200": Card(141, 4800, (9, 0)),
 }
 
@@ -94,13 +98,11 @@ def card(name: str) -> tuple[str, Card]:
 
 
 def _find_card(name: str) -> str | None:
-    plain = re.sub(r"nvidia|geforce|tesla|quadro|generation|[\s_]", "", name.lower())
-    if plain in CARDS:
-        return plain
-    # "a100-sxm4-80gb" is an a100, "a100-pcie-40gb" the smaller one.
-    if plain.startswith("a100") and "40gb" in plain:
-        return "a100-40gb"
-    return plain.split("-")[0] if plain.split("-")[0] in CARDS else None
+    """The key in `CARDS`, whatever makers, forms and memory sizes a driver puts around the name."""
+    words = [word for word in re.split(r"[\s_-]+", name.lower()) if word not in _MAKERS]
+    variants = [word for word in words if word in ("pcie", "40gb")]
+    plain = "".join(word for word in words if not re.fullmatch(r"\d+gb|hbm\d\w*|sxm\d*|pcie|nvl", word))
+    return next((key for key in (*(f"{plain}-{word}" for word in variants), plain) if key in CARDS), None)
 
 
 def devices_of(max_memory: dict[Any, Any] | None, bandwidth: dict[Any, float] | None = None) -> list[Device]:

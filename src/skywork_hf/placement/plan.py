@@ -39,6 +39,13 @@ class PlacementPlan:
         return cls(request, place(request, request.parts()))
 
     @property
+    def title(self) -> str:
+        """The model, and the sequences that were planned for."""
+        request = self.request
+        count = "one sequence" if request.batch_size == 1 else f"{request.batch_size} sequences"
+        return f"{request.name or request.model_class.__name__}: {count} of {request.context_tokens:,} tokens"
+
+    @property
     def device_map(self) -> dict[str, Key]:
         """Module names to devices, for `from_pretrained`."""
         return self.placement.device_map

@@ -14,10 +14,7 @@ _LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 def describe(plan: PlacementPlan) -> str:
     """The table of devices in GiB, the map, and the bound."""
-    request = plan.request
-    sequences = "one sequence" if request.batch_size == 1 else f"{request.batch_size} sequences"
-    title = f"{request.name or request.model_class.__name__}: {sequences} of {request.context_tokens:,} tokens; GiB"
-    return "\n".join([title, *_table(plan), "", *_map(plan), "", *_conclusions(plan)])
+    return "\n".join([f"{plan.title}; GiB", *_table(plan), "", *_map(plan), "", *_conclusions(plan)])
 
 
 def _table(plan: PlacementPlan) -> list[str]:
@@ -42,6 +39,14 @@ def _width(column: str) -> int:
 def _digits(size: float) -> int:
     """Decimals that show a small model's sizes too."""
     return 2 if size >= GIB // 10 or size == 0 else 5
+
+
+def device_name(plan: PlacementPlan, key: Key) -> str:
+    """A device as people call it: "GPU 0 rtx4090", "CPU"."""
+    if key in (CPU, DISK):
+        return str(key).upper() if key == CPU else "disk"
+    name = next(device.name for device in plan.request.gpus if device.key == key)
+    return f"GPU {key} {name}".rstrip()
 
 
 def _weights(plan: PlacementPlan, key: Key) -> str:
@@ -100,7 +105,7 @@ def speed(plan: PlacementPlan) -> str:
         unknown = [str(d.key) for d in plan.request.devices if d.bandwidth is None and plan.weight_bytes(d.key)]
         return f"an unknown number of tokens a second: give the bandwidth of {', '.join(unknown)}"
     kind, key, share = found
-    where = key if key in (CPU, DISK) else f"GPU {key}"
+    where = device_name(plan, key)
     return f"{plan.tokens_per_second:.3g} tokens a second, {share:.0%} of the time reading {kind} on {where}"
 
 
