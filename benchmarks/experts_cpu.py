@@ -34,7 +34,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from load import rss_anon  # beside this file
+from load import (
+    rss_anon,  # beside this file
+    write_mixtral,
+)
 
 SHAPE = {
     "hidden_size": 4608,
@@ -95,17 +98,6 @@ def write_bf16(folder: Path) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(SkyworkMoeConfig(**SHAPE), dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="1GB")
-
-
-def write_mixtral(folder: Path, bf16: Path) -> None:
-    folder.mkdir()
-    for file in bf16.iterdir():
-        if file.name == "config.json":
-            config = json.loads(file.read_text())
-            config.update(model_type="mixtral", architectures=["MixtralForCausalLM"])
-            (folder / file.name).write_text(json.dumps(config))
-        else:
-            (folder / file.name).symlink_to(file.resolve())
 
 
 def write_int8(folder: Path, bf16: Path) -> None:

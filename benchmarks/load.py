@@ -45,14 +45,19 @@ def write_checkpoint(folder: Path) -> None:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     SkyworkMoeForCausalLM(SkyworkMoeConfig(**SHAPE)).save_pretrained(folder / "skywork", max_shard_size="500MB")
-    (folder / "mixtral").mkdir()
-    for file in (folder / "skywork").iterdir():
+    write_mixtral(folder / "mixtral", folder / "skywork")
+
+
+def write_mixtral(folder: Path, source: Path) -> None:
+    """The checkpoint of `source` as transformers' Mixtral: another config beside links to the same files."""
+    folder.mkdir()
+    for file in source.iterdir():
         if file.name == "config.json":
             config = json.loads(file.read_text())
             config.update(model_type="mixtral", architectures=["MixtralForCausalLM"])
-            (folder / "mixtral" / file.name).write_text(json.dumps(config))
+            (folder / file.name).write_text(json.dumps(config))
         else:
-            (folder / "mixtral" / file.name).symlink_to(file)
+            (folder / file.name).symlink_to(file.resolve())
 
 
 def measure_here(folder: Path, kind: str) -> None:

@@ -82,14 +82,16 @@ PLACES = st.lists(st.lists(st.sampled_from([*GPUS, "cpu", "disk"]), min_size=16,
 
 
 @settings(max_examples=12, deadline=None)
-@given(dense=st.lists(st.sampled_from([*GPUS, "cpu"]), min_size=2, max_size=2), experts=PLACES)
+@given(dense=st.lists(st.sampled_from([*GPUS, "cpu", "disk"]), min_size=2, max_size=2), experts=PLACES)
 def test_any_map_gives_the_golden_logits(dense, experts):
     rows = golden(MOE)
     inputs = {key: rows[key] for key in ("input_ids", "attention_mask", "position_ids")}
     with SimulatedDevices(), torch.no_grad():
         model = load(checkpoint(MOE), device_map=expert_map(dense, experts))
         # One device alone is not accelerate's: there the caller moves the inputs, as everywhere.
-        logits = model(**{key: value.to(dense[0]) for key, value in inputs.items()}).logits.cpu()
+        logits = model(
+            **{key: value.to(dense[0] if dense[0] in GPUS else "cpu") for key, value in inputs.items()}
+        ).logits.cpu()
     mask = rows["attention_mask"].bool()
     difference = (logits - rows["logits"])[mask].abs().max().item()
     print(f"largest difference of the logits: {difference:.1e}")
@@ -118,6 +120,15 @@ def test_cpu_and_disk_alone_change_no_bit(share, tmp_path):
         placed.generate(ids, max_new_tokens=5, do_sample=False),
         load(checkpoint(MOE)).generate(ids, max_new_tokens=5, do_sample=False),
     )
+
+
+def test_experts_on_disk_are_cast_when_they_are_read(tmp_path):
+    """Where the model has another dtype than the files they cannot stay mapped, and are accelerate's."""
+    SkyworkMoeForCausalLM(tiny_moe_config()).bfloat16().save_pretrained(tmp_path)
+    ids = tokens()
+    placed = load(tmp_path, device_map=expert_map(["cpu"] * 2, [["disk"] * 4] * 2))
+    assert all(parameter.is_meta for parameter in placed.model.layers[0].block_sparse_moe.experts.parameters())
+    assert torch.equal(logits_of(placed, ids), logits_of(load(tmp_path), ids))
 
 
 # --- experts are computed where they live
@@ -190,8 +201,9 @@ def test_an_own_map_of_whole_layers_computes_their_experts_on_the_cpu():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is mapped")
+@pytest.mark.parametrize("place", ["cpu", "disk"])
 @pytest.mark.parametrize("quantization", [None, "int8", "fp8"])
-def test_experts_on_the_cpu_stay_mapped(quantization, tmp_path):
+def test_experts_beside_gpus_stay_mapped(quantization, place, tmp_path):
     from test_weights import mapped_bytes
 
     folder = moe_folder(tmp_path / "plain")
@@ -200,8 +212,9 @@ def test_experts_on_the_cpu_stay_mapped(quantization, tmp_path):
         load(folder, quantization_config=config).save_pretrained(tmp_path / "quantised")
         folder = tmp_path / "quantised"
     with SimulatedDevices():
-        model = load(folder, device_map=expert_map([GPUS[0]] * 2, [["cpu"] * 4] * 2))
+        model = load(folder, device_map=expert_map([GPUS[0]] * 2, [[place] * 4] * 2))
         logits_of(model, tokens())
+        assert set(placement_report(model).experts) == {place}
         for _, module in model.named_modules():
             if isinstance(module, SkyworkMoeExperts):
                 assert mapped_bytes(module) == sum(parameter.nbytes for parameter in module.parameters())

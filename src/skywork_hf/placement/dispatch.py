@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.integrations.accelerate import get_device
@@ -105,7 +106,8 @@ def compute_where_the_weights_are(model: Any, plan: PlacementPlan | None = None)
     """After accelerate has dispatched a model: experts run where they live, and accelerate's hooks keep the rest.
 
     accelerate's "cpu" beside a GPU means that weights travel to the GPU for each token. Here an expert on the CPU is
-    computed on the CPU, and by a plan so are whole layers. Experts on "disk" stay accelerate's.
+    computed on the CPU, and by a plan so are whole layers. One on the "disk" is computed there too, from its file, which
+    is mapped: accelerate would open it anew for each matrix.
     """
     device_map = getattr(model, "hf_device_map", None)
     if not device_map or not hasattr(model, "_hf_hook"):
@@ -134,10 +136,35 @@ def _layers(model: Any) -> nn.ModuleList:
 
 
 def _free_experts(name: str, experts: SkyworkMoeExperts, device_map: dict[str, Any]) -> None:
-    """Take accelerate's hooks off the experts that are not on disk; the container moves their rows itself."""
+    """Take accelerate's hooks off the experts; the container moves their rows itself."""
     for number, expert in enumerate(experts):
-        if get_device(device_map, f"{name}.{number}.w1.weight") != DISK:
-            remove_hook_from_module(expert, recurse=True)
+        on_disk = get_device(device_map, f"{name}.{number}.w1.weight") == DISK
+        mapped = _mapped_weights(expert) if on_disk else {}
+        if mapped is None:
+            continue  # they would have to be cast, and so be in memory: accelerate reads and casts them when needed
+        remove_hook_from_module(expert, recurse=True)
+        for path, tensor in mapped.items():
+            module_name, _, tensor_name = path.rpartition(".")
+            module = expert.get_submodule(module_name)
+            old = module._parameters[tensor_name]
+            module._parameters[tensor_name] = nn.Parameter(tensor, requires_grad=old.requires_grad)  # type: ignore[union-attr]
+
+
+def _mapped_weights(expert: nn.Module) -> dict[str, torch.Tensor] | None:
+    """The weights of an expert that accelerate keeps on the disk, mapped from their files; None where a file has
+    another dtype than the model."""
+    mapped = {}
+    for path, parameter in expert.named_parameters():
+        module_name, _, tensor_name = path.rpartition(".")
+        hook: Any = expert.get_submodule(module_name)._hf_hook
+        weights = hook.weights_map
+        entry = weights.dataset.index[f"{weights.prefix}{tensor_name}"]
+        with safe_open(entry["safetensors_file"], framework="pt") as file:
+            tensor = file.get_tensor(entry["weight_name"])
+        if tensor.dtype != parameter.dtype:
+            return None
+        mapped[path] = tensor
+    return mapped
 
 
 def _bring_inputs(model: Any, module: nn.Module, device: Any) -> None:

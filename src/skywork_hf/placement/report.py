@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..modeling_skywork_moe import SkyworkMoeExperts
 from ..quantization import kernels
 from ..quantization.linear import SkyworkFp8Linear, SkyworkInt8Linear
-from .hardware import DISK, GIB
+from .hardware import CPU, DISK, GIB
 from .memory import statistics_bytes
 from .plan import PlacementPlan
 from .spread import Key
@@ -99,9 +99,10 @@ def _experts_of(model: nn.Module) -> list[tuple[str, SkyworkMoeExperts]]:
 
 
 def _key_of(model: Any, name: str, tensor: torch.Tensor) -> Key:
-    """The device of a tensor as a device map writes it; for one that accelerate keeps away, where the map puts it."""
-    if tensor.device.type == "meta":
-        return get_device(model.hf_device_map, name)  # type: ignore[return-value]
+    """The device of a tensor as a device map writes it; for one that is not in memory, where the map puts it."""
+    places = getattr(model, "hf_device_map", {})
+    if tensor.device.type == "meta" or (tensor.device.type == CPU and DISK in places.values()):
+        return get_device(places, name)  # type: ignore[return-value]
     if tensor.device.type == "cuda":
         return tensor.device.index
     return str(tensor.device)
