@@ -106,8 +106,8 @@ def compute_where_the_weights_are(model: Any, plan: PlacementPlan | None = None)
     """After accelerate has dispatched a model: experts run where they live, and accelerate's hooks keep the rest.
 
     accelerate's "cpu" beside a GPU means that weights travel to the GPU for each token. Here an expert on the CPU is
-    computed on the CPU, and by a plan so are whole layers. One on the "disk" is computed there too, from its file, which
-    is mapped: accelerate would open it anew for each matrix.
+    computed on the CPU, and by a plan so are whole layers. One on the "disk" is computed there too, from its file,
+    which is mapped: accelerate would open it anew for each matrix.
     """
     device_map = getattr(model, "hf_device_map", None)
     if not device_map or not hasattr(model, "_hf_hook"):
