@@ -396,6 +396,8 @@ def test_every_form_of_quantization(config, quantization, methods):
         ({"max_memory": {0: -1}}, "`max_memory` of 0 is -1"),
         ({"max_memory": {"toaster": "1GiB"}}, "'toaster' is no device"),
         ({"bandwidth": {5: 100}}, "`bandwidth` names"),
+        ({"bandwidth": {0: -5}}, "`bandwidth` of 0 is -5"),
+        ({"bandwidth": {0: float("nan")}}, "`bandwidth` of 0 is nan"),
         ({"model": tiny_moe_config(experts_layout="fused")}, 'take strategy="layers"'),
         ({"model": AutoConfig.for_model("llama")}, "expected a Skywork model"),
         ({"model": FP8_CONFIG, "quantization": "bf16"}, "quantised already"),

@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .placement import PlacementPlan
 
 _PLAN_EXAMPLE = """\
 example:
   skywork-hf plan Skywork/Skywork-MoE-Base-FP8 --gpu 4xrtx4090 --ram 128GiB --quantization gpu=fp8 cpu=int8 \\
       --will-it-help rtx3090 --figure plan.png
+"""
+
+
+_CONVERT = """\
+examples:
+  skywork-hf convert Skywork-13B-Base skywork-13b-llama --to llama
+  skywork-hf convert megatron/iter_0005000 skywork-moe --config config.json
+  skywork-hf convert skywork-13b merged --adapter my-adapter
+"""
+_QUANTIZE = """\
+example:
+  skywork-hf quantize Skywork-MoE-Base skywork-moe-int8 --method int8
+"""
+_UPCYCLE = """\
+example:
+  skywork-hf upcycle Skywork-13B-Base skywork-moe-start --experts 16 --top-k 2
 """
 
 
@@ -33,6 +53,57 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("path", metavar="PATH", help="a folder with config.json and weight files")
     inspect.set_defaults(run=_inspect)
     _add_plan(commands)
+    _add_convert(commands)
+    _add_quantize(commands)
+    _add_upcycle(commands)
+    verify = commands.add_parser("verify", help="compare two checkpoints across layouts and dtypes")
+    verify.add_argument("first", metavar="A", help="a folder in any layout that convert reads")
+    verify.add_argument("second", metavar="B", help="another")
+    verify.set_defaults(run=_verify)
+    return parser
+
+
+def _add_convert(commands: Any) -> None:
+    convert = _writing_command(
+        commands, "convert", _CONVERT, "write a checkpoint in another layout, dtype or sharding"
+    )
+    convert.add_argument("--to", default="hub", help="hub (default), training, or llama (dense models)")
+    convert.add_argument("--dtype", help="of all tensors: bfloat16, float16, float32")
+    convert.add_argument("--quantization", help="int8, fp8 or fp8-weight-only")
+    convert.add_argument("--adapter", metavar="FOLDER", help="a PEFT adapter to merge")
+    convert.add_argument("--config", metavar="FILE", help="config.json for a Megatron checkpoint that lacks one")
+    convert.set_defaults(run=_convert)
+
+
+def _add_quantize(commands: Any) -> None:
+    quantize = _writing_command(commands, "quantize", _QUANTIZE, "write a checkpoint with one byte a weight")
+    quantize.add_argument("--method", default="int8", help="int8 (default), fp8 or fp8-weight-only")
+    quantize.set_defaults(run=_quantize)
+
+
+def _add_upcycle(commands: Any) -> None:
+    upcycle = _writing_command(commands, "upcycle", _UPCYCLE, "write a MoE checkpoint from a dense one")
+    upcycle.add_argument("--experts", type=int, default=16, help="in each MoE layer; default: 16")
+    upcycle.add_argument("--top-k", type=int, default=2, help="experts chosen for each token; default: 2")
+    upcycle.add_argument("--layers", default="every", metavar="every|N", help="every layer (default), or every Nth")
+    upcycle.add_argument("--seed", type=int, default=0, help="of the gate and the noise; default: 0")
+    upcycle.add_argument("--noise", type=float, default=0.0, help="on the experts, as a share of their deviation")
+    upcycle.add_argument("--no-logits-norm", action="store_true", help="a gate without normalised logits")
+    upcycle.set_defaults(run=_upcycle)
+
+
+def _writing_command(commands: Any, name: str, example: str, help_: str) -> argparse.ArgumentParser:
+    """A command that reads a checkpoint and writes another."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=help_, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", metavar="SRC", help="a folder: Hub layout, training layout or Megatron-LM")
+    parser.add_argument("destination", metavar="DST", help="the folder to write; it must not be there yet")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file; default: 5GB")
+    parser.add_argument("--resume", action="store_true", help="go on with what an interrupted run has left")
+    parser.add_argument(
+        "--verify", action=argparse.BooleanOptionalAction, default=True, help="read all again (default)"
+    )
     return parser
 
 
@@ -40,21 +111,25 @@ def _add_plan(commands: Any) -> None:
     plan = commands.add_parser(
         "plan",
         help="say which expert goes where, on these devices or on others; reads no weights",
+        description="Say which expert goes where. Without --gpu, --ram and --max-memory: on this machine's devices.",
         epilog=_PLAN_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     plan.set_defaults(run=_plan)
     add = plan.add_argument
     add("model", metavar="MODEL", help="a folder with config.json, or a name on the Hub")
-    add("--gpu", action="append", metavar="[Nx]CARD", help="N cards by name (8xrtx4090) or size (8x24GiB); repeatable")
-    add("--ram", metavar="SIZE", help="what may be used of the CPU's memory, as 128GiB")
-    add("--max-memory", nargs="+", metavar="DEVICE=SIZE", help="as accelerate has it: 0=22GiB cpu=96GiB")
-    add("--quantization", nargs="+", metavar="NAME", help="fp8, int8, bnb-int8, nf4, bf16; or gpu=fp8 cpu=int8")
+    gpu_help = "N GPUs by size (8x24GiB) or name (8xrtx4090; an unknown name lists those that are known); repeatable"
+    add("--gpu", action="append", default=[], metavar="[Nx]CARD", help=gpu_help)
+    add("--ram", metavar="SIZE", help="what may be used of the CPU's memory, as 128GiB; none beside --gpu by default")
+    several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
+    add("--max-memory", **several, metavar="DEVICE=SIZE", help="as accelerate has it: 0=22GiB cpu=96GiB")
+    add("--quantization", **several, metavar="NAME", help="fp8, int8, bnb-int8, nf4, bf16; or gpu=fp8 cpu=int8")
     add("--context", type=int, metavar="TOKENS", help="of a sequence; default: what the model was made for")
     add("--batch", type=int, default=1, metavar="N", help="sequences at a time; default: 1")
     add("--strategy", default="experts", help="experts (default), or layers")
     add("--usage", metavar="FILE", help="counts of collect_expert_usage")
-    add("--bandwidth", nargs="+", metavar="DEVICE=GB/S", help="of a device's memory; the CPU's is measured here")
+    bandwidth_help = "of a device's memory, as cpu=60; cards bring theirs, and the CPU's is measured here"
+    add("--bandwidth", **several, metavar="DEVICE=GB/S", help=bandwidth_help)
     add("--will-it-help", metavar="CARD", help="say what one more card would change")
     add("--figure", metavar="FILE", help="draw the plan: .png, .svg or .pdf")
     add("--save", metavar="FILE", help="write the plan as JSON")
@@ -76,23 +151,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from .placement import measured_bandwidth, plan_device_map
-
-    max_memory = _max_memory(arguments)
-    bandwidth = {key: float(value) for key, value in _pairs("--bandwidth", arguments.bandwidth).items()}
-    if "cpu" not in bandwidth and (max_memory is None or "cpu" in max_memory):
-        bandwidth["cpu"] = measured_bandwidth() / 1e9
-        print(f"Bandwidth of the CPU's memory: {bandwidth['cpu']:.0f} GB/s, measured here.\n")
-    plan = plan_device_map(
-        arguments.model,
-        max_memory,
-        _quantization(arguments.quantization),
-        context_tokens=arguments.context,
-        batch_size=arguments.batch,
-        strategy=arguments.strategy,
-        expert_usage=arguments.usage,
-        bandwidth=bandwidth,
-    )
+    plan = _planned(arguments, _bandwidth(arguments.bandwidth))
     print(plan)
     if arguments.will_it_help:
         print(f"\n{plan.will_it_help(arguments.will_it_help)}")
@@ -102,30 +161,119 @@ def _plan(arguments: argparse.Namespace) -> None:
         plan.draw(arguments.figure)
 
 
+def _planned(arguments: argparse.Namespace, bandwidth: dict[Any, float]) -> PlacementPlan:
+    """The plan, with the bandwidth of this machine's CPU where the plan needs one and none was given."""
+    from .placement import measured_bandwidth, plan_device_map
+
+    plan = plan_device_map(
+        arguments.model,
+        _max_memory(arguments),
+        _quantization(arguments.quantization),
+        context_tokens=arguments.context,
+        batch_size=arguments.batch,
+        strategy=arguments.strategy,
+        expert_usage=arguments.usage,
+        bandwidth=bandwidth,
+    )
+    if "cpu" in bandwidth or not plan.bytes_read_per_token.get("cpu"):
+        return plan
+    measured = measured_bandwidth() / 1e9
+    print(f"cpu: {measured:.0f} GB/s, measured here\n")
+    return _planned(arguments, {**bandwidth, "cpu": measured})
+
+
 def _max_memory(arguments: argparse.Namespace) -> dict[Any, str] | None:
     """The budgets of `plan_device_map`; None where none was given, for the devices of this machine."""
-    cards: list[str] = []
-    for text in arguments.gpu or []:
-        number, card = re.fullmatch(r"(?:(\d+)x)?(.+)", text).groups()  # type: ignore[union-attr]
-        cards += [card] * int(number or 1)
+    cards = [card for text in arguments.gpu for card in _cards(text)]
     memory: dict[Any, str] = dict(enumerate(cards))
     if arguments.ram:
         memory["cpu"] = arguments.ram
-    return memory | _pairs("--max-memory", arguments.max_memory) or None
+    others = _pairs("--max-memory", arguments.max_memory)
+    if twice := memory.keys() & others.keys():
+        raise ValueError(f"--max-memory names {sorted(map(str, twice))}, which --gpu or --ram give: say it once.")
+    return memory | others or None
 
 
-def _quantization(names: list[str] | None) -> Any:
-    if names is None or (len(names) == 1 and "=" not in names[0]):
-        return names and names[0]
-    return _pairs("--quantization", names)
+def _cards(text: str) -> list[str]:
+    """`8xrtx4090` as eight names of a card, `24GiB` as one size."""
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z].*|[\d.]+ ?[kmg]i?b)", text, re.IGNORECASE)
+    if found is None:
+        raise ValueError(f"--gpu {text}: expected a card or a size, and how many, as in 8xrtx4090 or 24GiB.")
+    number, card = found.groups()
+    return [card] * int(number or 1)
 
 
-def _pairs(option: str, texts: list[str] | None) -> dict[Any, str]:
+def _quantization(names: list[str]) -> Any:
+    """None, the one name for all devices, or names by device."""
+    if len(names) == 1 and "=" not in names[0]:
+        return names[0]
+    return _pairs("--quantization", names) or None
+
+
+def _bandwidth(texts: list[str]) -> dict[Any, float]:
+    """GB/s by device."""
+    bandwidth = {}
+    for key, text in _pairs("--bandwidth", texts).items():
+        try:
+            bandwidth[key] = float(text)
+        except ValueError:
+            bandwidth[key] = math.nan
+        if not 0 < bandwidth[key] < math.inf:
+            raise ValueError(f"--bandwidth {key}={text}: expected GB/s above 0, as in cpu=60.")
+    return bandwidth
+
+
+def _pairs(option: str, texts: list[str]) -> dict[Any, str]:
     """`0=22GiB cpu=96GiB` as a dict; GPUs become numbers."""
     pairs: dict[Any, str] = {}
-    for text in texts or []:
+    for text in texts:
         key, separator, value = text.partition("=")
         if not (key and separator and value):
             raise ValueError(f"{option} {text}: expected DEVICE=VALUE, as in cpu=... or 0=...")
+        key = key.removeprefix("cuda:")
         pairs[int(key) if key.isdigit() else key] = value
     return pairs
+
+
+def _written(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("source", "destination", "max_shard_size", "resume", "verify")}
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from .checkpoints.convert import convert_checkpoint
+
+    names = ("to", "dtype", "quantization", "adapter", "config")
+    done = convert_checkpoint(**_written(arguments), **{name: getattr(arguments, name) for name in names})
+    print(f"Wrote {done}.")
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+    from .checkpoints.convert import quantize_checkpoint
+
+    print(f"Wrote {quantize_checkpoint(**_written(arguments), method=arguments.method)}.")
+
+
+def _upcycle(arguments: argparse.Namespace) -> None:
+    from .checkpoints.convert import upcycle_checkpoint
+
+    if arguments.layers != "every" and not arguments.layers.isdigit():
+        raise ValueError(f"--layers {arguments.layers}: expected every, or a number N for every Nth layer.")
+    done = upcycle_checkpoint(
+        **_written(arguments),
+        experts=arguments.experts,
+        top_k=arguments.top_k,
+        interval=1 if arguments.layers == "every" else int(arguments.layers),
+        seed=arguments.seed,
+        noise=arguments.noise,
+        moe_use_logits_norm=not arguments.no_logits_norm,
+    )
+    print(f"Wrote {done}.")
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from .checkpoints.comparison import compare_checkpoints
+
+    comparison = compare_checkpoints(arguments.first, arguments.second)
+    print(comparison)
+    if not comparison.is_equal:
+        sys.exit(1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,10 +14,18 @@ import torch
 
 from ..configuration_skywork import FP8_METHOD, SkyworkConfig, SkyworkMoeConfig
 from ..headers import StoredTensor, read_headers
-from ..modeling_skywork import SkyworkForCausalLM, SkyworkForSequenceClassification
-from ..modeling_skywork_moe import SkyworkMoeForCausalLM
 from ..quantization.checks import INPUT_SCALE_NAMES
 from ..quantization.config import INT8_METHOD
+from .layouts import (
+    OTHER,
+    PARTS,
+    TRAINING_MARK,
+    config_of,
+    hub_shapes,
+    is_training_layout,
+    part_named,
+    to_training,
+)
 
 FAMILIES = {SkyworkConfig: "Skywork-13B (dense)", SkyworkMoeConfig: "Skywork-MoE"}
 CONFIG_FILE = "config.json"
@@ -26,27 +33,7 @@ CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 LISTED_NAMES = 8
 
-# Hub names to those of the training layout; layers without experts have the same names in both.
-_TRAINING_NAMES = (
-    ("block_sparse_moe.gate.", "mlp.moe.gate.wg."),
-    ("block_sparse_moe.experts.", "mlp.moe.experts.experts."),
-    (".w1.", ".gate_proj."),
-    (".w2.", ".down_proj."),
-    (".w3.", ".up_proj."),
-)
-_TRAINING_MARK = "mlp.moe."
-
-# The parts of a model, by what the names of their tensors contain in either layout; the first that fits counts.
-_PARTS = {
-    "embeddings": r"embed_tokens\.",
-    "attention": r"\.self_attn\.|^self_attn\.",
-    "experts": r"\.experts\.",
-    "dense feed-forward": r"\.mlp\.(gate|up|down)_proj\.",
-    "gate": r"\.gate\.",
-    "norms": r"norm\.",
-    "head": r"^(lm_head|score)\.",
-}
-_SCALES, _OTHER = "scales", "other"
+_SCALES = "scales"
 _INDENT = 15
 
 
@@ -193,10 +180,10 @@ def inspect_checkpoint(path: str | Path) -> CheckpointReport:
             "fetches a checkpoint from the Hub and prints its folder."
         )
     raw = _read_config(folder / CONFIG_FILE)
-    config, hub_shapes = _model_of(folder / CONFIG_FILE, raw)
-    files, index, missing_shards = _weight_files(folder)
+    files, index, missing_shards = weight_files(folder)
     stored = read_headers(files)
-    contents = _Contents(stored, hub_shapes, raw.get("quantization_config") or {})
+    config, shapes = _model_of(folder / CONFIG_FILE, raw, is_training_layout(stored))
+    contents = _Contents(stored, shapes, raw.get("quantization_config") or {})
     parts = contents.parts()
     parameters = {part.name: part.parameters or 0 for part in parts}
     total = sum(parameters.values())
@@ -243,28 +230,18 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _model_of(file: Path, raw: dict[str, Any]) -> tuple[SkyworkConfig | SkyworkMoeConfig, dict[str, tuple[int, ...]]]:
+def _model_of(file: Path, raw: dict[str, Any], training: bool) -> tuple[Any, dict[str, tuple[int, ...]]]:
     """The config, and name and shape of every tensor of the model that it describes, under the Hub's names."""
     # Quantised modules need the methods' own libraries; what lies beside a weight is added where it is looked for.
-    plain = {key: value for key, value in raw.items() if key != "quantization_config"} | {"experts_layout": "modular"}
-    config_class = SkyworkMoeConfig if raw["model_type"] == "skywork_moe" else SkyworkConfig
+    plain = {key: value for key, value in raw.items() if key != "quantization_config"}
     try:
-        config = config_class.from_dict(plain)
-        with torch.device("meta"):
-            model = _model_class(config)(config)
+        config = config_of(plain, training)
+        return config, hub_shapes(config)
     except Exception as error:  # as many kinds as there are values that a shape cannot be made of
         raise ValueError(f"{file} describes no model that can be built: {' '.join(str(error).split())}") from error
-    return config, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _model_class(config: SkyworkConfig | SkyworkMoeConfig) -> Any:
-    if isinstance(config, SkyworkMoeConfig):
-        return SkyworkMoeForCausalLM
-    classifies = SkyworkForSequenceClassification.__name__ in (config.architectures or [])
-    return SkyworkForSequenceClassification if classifies else SkyworkForCausalLM
-
-
-def _weight_files(folder: Path) -> tuple[list[Path], str | None, tuple[str, ...]]:
+def weight_files(folder: Path) -> tuple[list[Path], str | None, tuple[str, ...]]:
     """The weight files that are there, the index that names them, and the files that it names and are not there."""
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
@@ -308,7 +285,7 @@ class _Contents:
     ) -> None:
         self.stored = stored
         self.quantization = quantization
-        self.is_training_layout = any(_TRAINING_MARK in name for name in stored)
+        self.is_training_layout = is_training_layout(stored)
         self.is_base_model = not any(name.startswith("model.") for name in stored)
         self.expected = {self._as_in_files(name): shape for name, shape in hub_shapes.items()}
         self.declared = _declared_storage(quantization)
@@ -316,9 +293,8 @@ class _Contents:
         self.beside = set(self._names_beside_weights())
 
     def _as_in_files(self, name: str) -> str:
-        if self.is_training_layout and "block_sparse_moe" in name:
-            for hub, training in _TRAINING_NAMES:
-                name = name.replace(hub, training)
+        if self.is_training_layout:
+            name = to_training(name)
         return name.removeprefix("model.") if self.is_base_model else name
 
     def _found_storage(self) -> _Storage | None:
@@ -364,20 +340,20 @@ class _Contents:
         if name in self.beside:
             return _SCALES
         if name not in self.expected:
-            return _OTHER
-        return _part_named(name)
+            return OTHER
+        return part_named(name)
 
     def layout(self) -> str:
         kind = "Hub layout"
         if self.is_training_layout:
-            kind = f"training layout (`{_TRAINING_MARK}` in the names), older than the Hub's"
+            kind = f"training layout (`{TRAINING_MARK}` in the names), older than the Hub's"
         if self.is_base_model:
             kind += ", base model (no `model.` before the names)"
         dtypes = sorted({self._stored_as(name) for name in self.expected if name in self.stored})
         return f"{kind}, {self.found.name if self.found else ' and '.join(dtypes) or 'nothing of the model'}"
 
     def parts(self) -> tuple[Part, ...]:
-        names: dict[str, list[str]] = {part: [] for part in (*_PARTS, _SCALES, _OTHER)}
+        names: dict[str, list[str]] = {part: [] for part in (*PARTS, _SCALES, OTHER)}
         for name in self.stored:
             names[self._part_of(name)].append(name)
         return tuple(self._part(part, members) for part, members in names.items() if members)
@@ -385,7 +361,7 @@ class _Contents:
     def _part(self, part: str, names: list[str]) -> Part:
         return Part(
             part,
-            None if part in (_SCALES, _OTHER) else sum(map(self._parameters, names)),
+            None if part in (_SCALES, OTHER) else sum(map(self._parameters, names)),
             tuple(sorted(set(map(self._stored_as, names)))),
             sum(self.stored[name].nbytes for name in names),
         )
@@ -395,7 +371,7 @@ class _Contents:
         for name in self.expected:
             if name in self.stored:
                 yield from self._missing_beside(name)
-            elif not (_part_named(name) == "head" and (may_lack_head or self.is_base_model)):
+            elif not (part_named(name) == "head" and (may_lack_head or self.is_base_model)):
                 yield name
 
     def _missing_beside(self, name: str) -> Iterator[str]:
@@ -447,8 +423,8 @@ class _Contents:
         return f"{text} Not quantised: {', '.join(left_out)}." if self.found and left_out else text
 
     def _parts_left_out(self) -> Iterator[str]:
-        for part in _PARTS:
-            names = [name for name in self.expected if name in self.stored and _part_named(name) == part]
+        for part in PARTS:
+            names = [name for name in self.expected if name in self.stored and part_named(name) == part]
             plain = [name for name in names if not self._is_quantized(name)]
             if plain:
                 yield part if plain == names else f"{part} ({len(plain)} of {len(names)} tensors)"
@@ -509,10 +485,6 @@ def _fp8_activations(quantization: dict[str, Any]) -> str:
 
 def _beside(weight: str, end: str) -> str:
     return f"{weight.removesuffix('.weight')}.{end}"
-
-
-def _part_named(name: str) -> str:
-    return next((part for part, pattern in _PARTS.items() if re.search(pattern, name)), _OTHER)
 
 
 def _shape(config: SkyworkConfig | SkyworkMoeConfig) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable
@@ -118,7 +119,7 @@ def devices_of(max_memory: dict[Any, Any] | None, bandwidth: dict[Any, float] | 
         ValueError: a size, a device or a card that cannot be understood.
     """
     given = get_max_memory() if max_memory is None else max_memory
-    given_bandwidth = {_key(key): value * 1e9 for key, value in (bandwidth or {}).items()}
+    given_bandwidth = {_key(key): _speed(key, value) for key, value in (bandwidth or {}).items()}
     devices = [_device(_key(key), value, given_bandwidth) for key, value in given.items()]
     if unknown := given_bandwidth.keys() - {device.key for device in devices}:
         raise ValueError(f"`bandwidth` names {sorted(map(str, unknown))}, which `max_memory` does not have.")
@@ -150,6 +151,13 @@ def _device(key: int | str, value: Any, bandwidth: dict[int | str, float]) -> De
     budget = int(CARDS[named].memory * GIB) if named else _bytes(key, value)
     speed = bandwidth.get(key, spec.bandwidth * 1e9 if spec else None)
     return Device(key, name, budget, speed, spec.capability >= FP8_CAPABILITY if spec else None)
+
+
+def _speed(key: Any, value: float) -> float:
+    """GB/s in bytes a second."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"`bandwidth` of {key!r} is {value!r}: expected GB/s above 0.")
+    return value * 1e9
 
 
 def _bytes(key: int | str, value: Any) -> int:

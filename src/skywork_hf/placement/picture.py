@@ -27,11 +27,13 @@ _KIND_COLOURS = ("#1F2F40", "#4B6580", "#7F9BB5", "#B3C5D5", "#DAE3EB")
 _KIND_NAMES = {"dense": "dense part", "cache": "KV cache", "working": "working space"}
 _LINE = "#555555"
 
-# Inches: around everything, of the widest column and the lowest and highest row of a grid, of a device beside it.
+# All in inches. Left of the grid, and between it and the bars:
 _MARGIN = 0.7
-_COLUMN, _WIDEST_GRID = 0.36, 8.0
-_LOWEST_ROW, _HIGHEST_ROW, _USUAL_GRID = 0.13, 0.3, 6.5
-_BARS, _DEVICE, _BAR = 4.8, 0.62, 0.21
+# The widest column, lowest and highest row of a grid, and the grid itself where these allow it.
+_COLUMN, _LOWEST_ROW, _HIGHEST_ROW = 0.3, 0.08, 0.3
+_GRID_WIDTH, _GRID_HEIGHT = 8.0, 6.8
+# The column of bars, what a device takes of it, and the bar in that.
+_BARS, _DEVICE, _BAR = 4.3, 0.64, 0.22
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,12 @@ class Style:
 
     def patch(self, **options: Any) -> dict[str, Any]:
         """Arguments of a matplotlib patch."""
-        return {"facecolor": self.colour, "edgecolor": self.hatch_colour, "hatch": self.hatch, "linewidth": 0} | options
+        return {
+            "facecolor": self.colour,
+            "edgecolor": self.hatch_colour,
+            "hatch": self.hatch,
+            "linewidth": 0,
+        } | options
 
 
 _STYLES = {CPU: Style("#A6A6A6"), DISK: Style("#EEEEEE", "////", "#B0B0B0")}
@@ -83,8 +90,8 @@ def plan_figure(plan: PlacementPlan) -> Any:
     """The matplotlib figure of `draw_plan`."""
     layers, experts = len(plan.placement.dense), max(map(len, plan.placement.experts))
     column, row = _cell(layers, experts)
-    grid_width, grid_height = column * (experts + 1.5) if experts else 2 * _COLUMN, layers * row
-    bars_height = _DEVICE * (len(plan.request.devices) + 1)  # the last one for the legend
+    grid_width, grid_height = column * (experts + 1.5 if experts else 2), layers * row
+    bars_height = _DEVICE * (len(plan.request.devices) + 1.2)  # the last one for the legend
     found = f"At most {speed(plan)}" if plan.tokens_per_second else ""
     page = _Page(grid_width + _MARGIN + _BARS, max(grid_height, bars_height), plan.title, found)
     styles = device_styles(plan)
@@ -118,14 +125,14 @@ def _draw_grid(axes: Any, plan: PlacementPlan, styles: dict[Key, Style]) -> None
     axes.set_ylim(len(plan.placement.dense), 0)
     _label_layers(axes, [layer + 0.5 for layer in range(len(plan.placement.dense))])
     _label_experts(axes, experts)
-    axes.text(-1.0, 1.0, "dense\npart", transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8)
+    axes.text(-1.0, 1.0, "dense\npart", transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=9)
 
 
 def _label_layers(axes: Any, rows: Sequence[float], numbers: Sequence[int] | None = None) -> None:
     """The numbers of the layers at the left, each or each fourth."""
     step = 1 if len(rows) <= 16 else 4
-    axes.set_yticks(rows[::step], map(str, (numbers or range(len(rows)))[::step]), fontsize=8)
-    axes.set_ylabel("layer", fontsize=9)
+    axes.set_yticks(rows[::step], map(str, (numbers or range(len(rows)))[::step]), fontsize=9)
+    axes.set_ylabel("layer", fontsize=10)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
 
@@ -135,8 +142,8 @@ def _label_experts(axes: Any, experts: int) -> None:
     numbers = range(0, experts, 1 if experts <= 32 else 4)
     axes.xaxis.tick_top()
     axes.xaxis.set_label_position("top")
-    axes.set_xticks([number + 0.5 for number in numbers], map(str, numbers), fontsize=8)
-    axes.set_xlabel("expert" if experts else "", fontsize=9)
+    axes.set_xticks([number + 0.5 for number in numbers], map(str, numbers), fontsize=9)
+    axes.set_xlabel("expert" if experts else "", fontsize=10)
 
 
 def _draw_bars(axes: Any, plan: PlacementPlan, styles: dict[Key, Style], height: float) -> None:
@@ -147,7 +154,7 @@ def _draw_bars(axes: Any, plan: PlacementPlan, styles: dict[Key, Style], height:
     for number, device in enumerate(plan.request.devices):
         _draw_bar(axes, plan, device, styles[device.key], number * _DEVICE)
     used = [kind for kind in KINDS if any(kinds[kind] for kinds in plan.bytes_per_device.values())]
-    _draw_kinds(axes, used, (len(plan.request.devices) * _DEVICE + 0.05) / height)
+    _draw_kinds(axes, used, (len(plan.request.devices) * _DEVICE + 0.02) / height)
 
 
 def _draw_bar(axes: Any, plan: PlacementPlan, device: Device, style: Style, top: float) -> None:
@@ -155,11 +162,11 @@ def _draw_bar(axes: Any, plan: PlacementPlan, device: Device, style: Style, top:
 
     sizes = plan.bytes_per_device[device.key]
     bar = top + 0.21
-    axes.add_patch(Rectangle((0, top + 0.02), 0.28, 0.13, **style.patch(gid=f"device {device.key}")))
-    named = {"fontsize": 9, "va": "center"}
-    axes.text(0.36, top + 0.085, device_name(plan, device.key), fontweight="bold", **named)
+    axes.add_patch(Rectangle((0, top), 0.28, 0.15, **style.patch(gid=f"device {device.key}")))
+    named = {"fontsize": 10, "va": "center"}
+    axes.text(0.36, top + 0.08, device_name(plan, device.key), fontweight="bold", **named)
     filled = f"{_gib(sum(sizes.values()))} of {_gib(device.budget)} GiB"
-    axes.text(_BARS, top + 0.085, filled, ha="right", **named)
+    axes.text(_BARS, top + 0.08, filled, ha="right", **named)
     left = 0.0
     for kind, colour in zip(KINDS, _KIND_COLOURS, strict=True):
         width = _BARS * sizes[kind] / max(1, device.budget)
@@ -167,7 +174,7 @@ def _draw_bar(axes: Any, plan: PlacementPlan, device: Device, style: Style, top:
         if width > 0.45:  # as wide as the number
             ink = "white" if kind in ("dense", "experts") else "black"
             centre = left + width / 2, bar + _BAR / 2 + 0.01
-            axes.text(*centre, _gib(sizes[kind]), color=ink, fontsize=8, ha="center", va="center")
+            axes.text(*centre, _gib(sizes[kind]), color=ink, fontsize=9, ha="center", va="center")
         left += width
     axes.add_patch(Rectangle((0, bar), _BARS, _BAR, fill=False, edgecolor=_LINE, linewidth=0.8, clip_on=False))
 
@@ -184,7 +191,8 @@ def _draw_kinds(axes: Any, kinds: Sequence[str], top: float) -> None:
     handles = [Patch(facecolor=colours[kind], label=_KIND_NAMES.get(kind, kind)) for kind in kinds]
     handles.append(Patch(facecolor="white", edgecolor=_LINE, linewidth=0.8, label="free"))
     where = {"loc": "upper left", "bbox_to_anchor": (0, 1 - top), "borderaxespad": 0, "borderpad": 0}
-    axes.legend(handles=handles, ncols=3, frameon=False, fontsize=8, handlelength=1.6, **where)
+    look = {"frameon": False, "fontsize": 9, "handlelength": 1.4, "alignment": "left", "title_fontsize": 9}
+    axes.legend(handles=handles, ncols=3, title="GiB; a bar's length is the device's budget", **where, **look)
 
 
 def usage_figure(usage: ExpertUsage) -> Any:
@@ -192,17 +200,20 @@ def usage_figure(usage: ExpertUsage) -> Any:
     from_even = usage.shares / usage.shares.mean(dim=1, keepdim=True).clamp_min(1e-12)
     layers, experts = usage.counts.shape
     column, row = _cell(layers, experts)
-    width, height = max(column * experts, 2.0), layers * row
+    width, height = column * experts, layers * row
     half = f"The most used half of the experts takes {usage.share_of_hits(0.5):.0%} of the calls"
-    page = _Page(width + 1.2, height, f"How often experts are chosen, in {usage.tokens:,} tokens", half)
+    scale_height = max(height, 1.6)  # as high as its label
+    page = _Page(
+        max(width + 1.0, 4.5), scale_height, f"How often experts are chosen, in {usage.tokens:,} tokens", half
+    )
     axes = page.axes(0, width, height)
     image = _draw_shares(axes, from_even)
     _label_layers(axes, [layer + 0.5 for layer in range(layers)], usage.layers)
     _label_experts(axes, experts)
     extend = "max" if from_even.max() > image.norm.vmax else "neither"
-    scale = page.figure.colorbar(image, cax=page.axes(width + 0.25, 0.18, height), extend=extend)
-    scale.set_label("times the even share", fontsize=9)
-    scale.ax.tick_params(labelsize=8)
+    scale = page.figure.colorbar(image, cax=page.axes(width + 0.25, 0.18, scale_height), extend=extend)
+    scale.set_label("times the even share", fontsize=10)
+    scale.ax.tick_params(labelsize=9)
     scale.outline.set_visible(False)
     return page.figure
 
@@ -219,8 +230,9 @@ def _draw_shares(axes: Any, from_even: Any) -> Any:
 
 def _cell(layers: int, experts: int) -> tuple[float, float]:
     """Width and height of a cell, so that small models get large ones and large models fit on a page."""
-    row = min(_HIGHEST_ROW, max(_LOWEST_ROW, _USUAL_GRID / layers))
-    return min(_COLUMN, _WIDEST_GRID / max(1, experts)), row
+    height = _GRID_HEIGHT if experts else 0.65 * _GRID_HEIGHT  # a single column would be a tower
+    row = min(_HIGHEST_ROW, max(_LOWEST_ROW, height / layers))
+    return min(_COLUMN, _GRID_WIDTH / max(1, experts)), row
 
 
 class _Page:
@@ -234,8 +246,8 @@ class _Page:
     def __init__(self, width: float, height: float, title: str, found: str) -> None:
         figure_class = _figure_class()
         # Inches that a letter takes on average, bold of 12 points and plain of 9.5.
-        titles = textwrap.wrap(title, math.floor((width + 0.4) / 0.112))
-        founds = textwrap.wrap(found, math.floor((width + 0.4) / 0.077))
+        titles = textwrap.wrap(title, math.floor((width + 0.45) / 0.105))
+        founds = textwrap.wrap(found, math.floor((width + 0.45) / 0.072))
         self.top = 0.75 + 0.21 * len(titles) + 0.19 * len(founds)
         self.width, self.height = width + 1.5 * _MARGIN, height + self.top + 0.25
         self.figure = figure_class(figsize=(self.width, self.height))
@@ -248,9 +260,7 @@ class _Page:
     def axes(self, left: float, width: float, height: float) -> Any:
         """Axes below the title, so far from the left margin."""
         bottom = 1 - (self.top + height) / self.height
-        return self.figure.add_axes(
-            ((left + _MARGIN) / self.width, bottom, width / self.width, height / self.height)
-        )
+        return self.figure.add_axes(((left + _MARGIN) / self.width, bottom, width / self.width, height / self.height))
 
 
 def _figure_class() -> Any:

@@ -1,0 +1,137 @@
+"""Merging an adapter of PEFT into the weights on their way, module by module. PEFT does the arithmetic."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..headers import StoredTensor, read_headers
+from .recipes import Recipe, Source, unchanged
+from .transforms import refuse_quantized
+
+_PREFIX = "base_model.model."
+_MARKS = (".lora_", ".ia3_")
+
+
+def merge_adapter(source: Source, folder: Path) -> Source:
+    """The checkpoint with an adapter merged into it.
+
+    Args:
+        folder: with `adapter_config.json` and `adapter_model.safetensors`.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        ValueError: the checkpoint is quantised; or the adapter is of another model, or of a kind that does not change
+            linear layers one by one.
+    """
+    config = _peft_config(folder)
+    refuse_quantized(source, "merging an adapter")
+    adapted: dict[str, list[StoredTensor]] = defaultdict(list)
+    replaced: dict[str, StoredTensor] = {}
+    for name, tensor in read_headers([_weights(folder)]).items():
+        path = name.removeprefix(_PREFIX)
+        mark = next((mark for mark in _MARKS if mark in path), None)
+        if ".base_layer." in path:
+            continue  # PEFT saves adapted embeddings as they were, in case that they were made larger
+        if mark:
+            adapted[f"{path.partition(mark)[0]}.weight"].append(tensor)
+        else:
+            replaced[path] = tensor  # of `modules_to_save`
+    recipes = [_merged(recipe, adapted, replaced, config) for recipe in source.recipes]
+    known = {product.name for recipe in source.recipes for product in recipe.products}
+    if unknown := sorted((adapted.keys() | replaced.keys()) - known):
+        raise ValueError(
+            f"{folder} adapts `{unknown[0]}` and {len(unknown) - 1} more that {source.folder} does not have: it was "
+            "trained on another model."
+        )
+    return replace(source, recipes=recipes)
+
+
+def _peft_config(folder: Path) -> Any:
+    try:
+        from peft import PeftConfig
+    except ImportError as error:
+        raise ImportError('Merging an adapter needs PEFT: pip install "skywork-hf[peft]".') from error
+    if not (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} holds no adapter_config.json: expected the folder of a PEFT adapter.")
+    config = PeftConfig.from_pretrained(str(folder))
+    if getattr(config, "target_parameters", None):
+        raise ValueError(f"{folder} adapts 3-D parameters (`target_parameters`): merge it with PEFT, in memory.")
+    config.task_type = None  # which would wrap a whole model
+    return config
+
+
+def _weights(folder: Path) -> Path:
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"{folder} holds no adapter_model.safetensors: expected the folder of a PEFT adapter.")
+
+
+def _merged(
+    recipe: Recipe, adapted: dict[str, list[StoredTensor]], replaced: dict[str, StoredTensor], config: Any
+) -> Recipe:
+    names = [product.name for product in recipe.products]
+    if len(names) == 1 and names[0] in replaced:
+        return _replacement(recipe, replaced[names[0]])
+    tensors = [tensor for name in names for tensor in adapted.get(name, [])]
+    if not tensors:
+        return recipe
+    return Recipe(recipe.products, (*recipe.sources, *tensors), partial(_make_merged, recipe, tensors, config))
+
+
+def _replacement(recipe: Recipe, tensor: StoredTensor) -> Recipe:
+    """A tensor that the adapter holds whole, in the checkpoint's dtype."""
+    product = recipe.products[0]
+    if tensor.shape != product.shape:
+        raise ValueError(f"{tensor} is {list(tensor.shape)}, and `{product.name}` is {list(product.shape)}.")
+    if tensor.dtype == product.dtype:
+        return unchanged(tensor, product.name)
+    return Recipe((product,), (tensor,), partial(_make_replaced, product.dtype))
+
+
+def _make_replaced(dtype: torch.dtype, sources: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [sources[0].to(dtype)]
+
+
+def _make_merged(
+    recipe: Recipe, tensors: list[StoredTensor], config: Any, sources: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Merge in float32: rounding to 16 bit comes once, at the end."""
+    count = len(recipe.sources)
+    state = {tensor.name: value for tensor, value in zip(tensors, sources[count:], strict=True)}
+    merged = []
+    for product, value in zip(recipe.products, recipe.values(sources[:count]), strict=True):
+        path = product.name.removesuffix(".weight")
+        own = {name: tensor for name, tensor in state.items() if name.startswith(f"{_PREFIX}{path}.")}
+        merged.append(_merge(path, value.float(), own, config).to(value.dtype) if own else value)
+    return merged
+
+
+def _merge(path: str, weight: torch.Tensor, state: dict[str, torch.Tensor], config: Any) -> torch.Tensor:
+    """Let PEFT adapt a model that has one module, at its place in the real one, and merge that."""
+    from peft import inject_adapter_in_model, set_peft_model_state_dict
+
+    rows, columns = weight.shape
+    is_embedding = any(".lora_embedding_" in name for name in state)
+    module: Any = nn.Embedding(rows, columns) if is_embedding else nn.Linear(columns, rows, bias=False)
+    module.weight = nn.Parameter(weight.clone())
+    root = nn.Module()
+    parent = root
+    *parents, last = path.split(".")
+    for name in parents:
+        parent.add_module(name, nn.Module())
+        parent = parent.get_submodule(name)
+    parent.add_module(last, module)
+    model = inject_adapter_in_model(config, root)
+    floats = {name.removeprefix(_PREFIX): tensor.float() for name, tensor in state.items()}
+    set_peft_model_state_dict(model, floats)
+    layer: Any = model.get_submodule(path)
+    layer.merge(safe_merge=True)
+    return layer.get_base_layer().weight.detach()

@@ -1,0 +1,70 @@
+"""Any checkpoint as the recipes of the Hub's layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..configuration_skywork import SkyworkConfig, SkyworkMoeConfig
+from ..headers import StoredTensor, read_headers
+from .inspection import CONFIG_FILE, inspect_checkpoint, weight_files
+from .layouts import HUB, TRAINING, config_of, hub_shapes, is_training_layout, to_hub
+from .recipes import Recipe, Source, unchanged
+
+_IGNORED = "rotary_emb.inv_freq"
+
+
+def read_source(folder: Path, config: SkyworkConfig | SkyworkMoeConfig | None = None) -> Source:
+    """Find out what a checkpoint is, and that it is whole. Reads no weights.
+
+    Args:
+        folder: in the Hub's layout, the training layout, or of Megatron-LM.
+        config: for Megatron's, which may not say enough of themselves.
+
+    Raises:
+        ValueError: a file is missing, cut off or no checkpoint, or tensors are missing, unexpected or of a shape that
+            the config does not say. Names the first few.
+    """
+    _check_whole(folder)
+    files, _, _ = weight_files(folder)
+    stored = read_headers(files)
+    training = is_training_layout(stored)
+    found = config_of(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), training)
+    recipes, ignored = _recipes(stored, list(hub_shapes(found)))
+    return Source(TRAINING if training else HUB, folder, found, recipes, ignored)
+
+
+def _check_whole(folder: Path) -> None:
+    report = inspect_checkpoint(folder)
+    wrong = {
+        "files are missing": report.missing_shards,
+        "tensors are missing": report.missing,
+        "tensors are unexpected": report.unexpected,
+        "contradictions": report.contradictions,
+    }
+    for what, names in wrong.items():
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(
+                f"{folder}: {what}: {', '.join(names[:3])}{more}. `skywork-hf inspect` shows all; take the files and "
+                "config.json from where the weights came from."
+            )
+
+
+def _recipes(stored: dict[str, StoredTensor], order: list[str]) -> tuple[list[Recipe], list[StoredTensor]]:
+    """One recipe for each stored tensor, those beside a quantised weight after it, and what nothing is made of."""
+    places = {name.removeprefix("model."): place for place, name in enumerate(order)}
+    by_module = {name.rpartition(".")[0]: place for name, place in places.items()}
+
+    def place_of(name: str) -> tuple[int, str]:
+        name = to_hub(name).removeprefix("model.")
+        module = name
+        while name not in places and module not in by_module and "." in module:
+            module = module.rpartition(".")[0]
+        return places.get(name, by_module.get(module, len(places))), name
+
+    kept = sorted(
+        (tensor for name, tensor in stored.items() if not name.endswith(_IGNORED)), key=lambda t: place_of(t.name)
+    )
+    ignored = [tensor for name, tensor in stored.items() if name.endswith(_IGNORED)]
+    return [unchanged(tensor, to_hub(tensor.name)) for tensor in kept], ignored

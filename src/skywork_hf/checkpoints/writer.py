@@ -1,0 +1,136 @@
+"""Safetensors shards, written tensor by tensor as these are made, so that no more than a few are in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..headers import SAFETENSORS_DTYPES
+from .readers import Reader
+from .recipes import Product, Recipe
+
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+# Written at a time, so that the progress bar moves.
+_CHUNK = 2**24
+
+
+def split_into_shards(recipes: Iterable[Recipe], max_bytes: int) -> list[list[Recipe]]:
+    """Recipes in order, as many in each shard as fit; at least one."""
+    shards: list[list[Recipe]] = [[]]
+    size = 0
+    for recipe in recipes:
+        added = sum(product.nbytes for product in recipe.products)
+        if shards[-1] and size + added > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(recipe)
+        size += added
+    return shards
+
+
+def write_shard(
+    file: Path, recipes: list[Recipe], reader: Reader, progress: Callable[[int], Any]
+) -> list[dict[str, Any]]:
+    """Write one safetensors file under its final name, complete and synced, or not at all.
+
+    Tensors are read and made in another thread while those before them are written.
+
+    Returns:
+        For each recipe what it was made of and the products' checksums, for the manifest.
+    """
+    products = [product for recipe in recipes for product in recipe.products]
+    header, offsets = _header(products)
+    unfinished = file.with_name(f"{file.name}.part")
+    entries = []
+    with unfinished.open("wb") as stream:
+        stream.write(header)
+        for recipe, values, checksums in _made_ahead(recipes, reader):
+            for product, value in zip(recipe.products, values, strict=True):
+                _write(stream.fileno(), value, len(header) + offsets[product.name], progress)
+            entries.append(_entry(recipe, file.name, checksums))
+        stream.flush()
+        os.fsync(stream.fileno())
+    unfinished.rename(file)
+    return entries
+
+
+def _header(products: list[Product]) -> tuple[bytes, dict[str, int]]:
+    """The file's header, and where in the data each tensor begins: larger dtypes first, so that all are aligned."""
+    offsets: dict[str, int] = {}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for product in sorted(products, key=lambda product: -product.dtype.itemsize):
+        offsets[product.name] = end
+        end += product.nbytes
+        entries[product.name] = {
+            "dtype": _DTYPE_NAMES[product.dtype],
+            "shape": list(product.shape),
+            "data_offsets": [offsets[product.name], end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, offsets
+
+
+def _made_ahead(recipes: list[Recipe], reader: Reader) -> Iterator[tuple[Recipe, list[torch.Tensor], list[str]]]:
+    """Each recipe with its values and their checksums, while the next is being made."""
+    with ThreadPoolExecutor(max_workers=1) as maker:
+        ahead: Future[Any] | None = None
+        for number in range(len(recipes) + 1):
+            made = ahead
+            ahead = maker.submit(_make, recipes[number], reader) if number < len(recipes) else None
+            if made is not None:
+                values, checksums = made.result()
+                yield recipes[number - 1], values, checksums
+                del values, made
+
+
+def _make(recipe: Recipe, reader: Reader) -> tuple[list[torch.Tensor], list[str]]:
+    values = [value.contiguous() for value in recipe.values([reader.read(source) for source in recipe.sources])]
+    for product, value in zip(recipe.products, values, strict=True):
+        if value.dtype != product.dtype or tuple(value.shape) != product.shape:
+            raise ValueError(
+                f"`{product.name}` came out as {value.dtype} {list(value.shape)}, expected {product.dtype} "
+                f"{list(product.shape)}."
+            )
+    return values, [hashlib.sha256(as_bytes(value)).hexdigest() for value in values]
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, without a copy."""
+    values: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(values)
+
+
+def _write(descriptor: int, value: torch.Tensor, offset: int, progress: Callable[[int], Any]) -> None:
+    data = as_bytes(value)
+    for start in range(0, len(data), _CHUNK):
+        chunk = data[start : start + _CHUNK]
+        while chunk:
+            written = os.pwrite(descriptor, chunk, offset + start)
+            chunk, start = chunk[written:], start + written
+            progress(written)
+
+
+def _entry(recipe: Recipe, file: str, checksums: list[str]) -> dict[str, Any]:
+    return {
+        "sources": [{"file": source.file.name, "name": source.name} for source in recipe.sources],
+        "products": [
+            {
+                "name": product.name,
+                "file": file,
+                "dtype": str(product.dtype).removeprefix("torch."),
+                "shape": list(product.shape),
+                "sha256": checksum,
+            }
+            for product, checksum in zip(recipe.products, checksums, strict=True)
+        ],
+    }

@@ -1,0 +1,589 @@
+"""Conversion: layouts, dtypes, quantisation, upcycling and adapters against golden outputs, other libraries and round
+trips; interrupted, wrong and hostile input."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import FIXTURES, checkpoint, golden, tiny_dense_config, tiny_moe_config, tokens
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from skywork_hf import (
+    SkyworkForCausalLM,
+    SkyworkForSequenceClassification,
+    SkyworkFp8Config,
+    SkyworkInt8Config,
+    SkyworkMoeConfig,
+    SkyworkMoeForCausalLM,
+)
+from skywork_hf.checkpoints import convert as convert_module
+from skywork_hf.checkpoints.comparison import compare_checkpoints
+from skywork_hf.checkpoints.convert import (
+    MANIFEST,
+    convert_checkpoint,
+    quantize_checkpoint,
+    upcycle_checkpoint,
+)
+from skywork_hf.cli import main
+
+DENSE, MOE, FP8, RAW = (
+    "skywork-13b-tiny",
+    "skywork-moe-tiny",
+    "skywork-moe-tiny-fp8",
+    "skywork-moe-tiny-training-layout",
+)
+TOLERANCE = 2e-5
+
+
+@torch.no_grad()
+def check_golden(folder: Path, name: str, tolerance: float = TOLERANCE) -> Any:
+    rows = golden(name)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    inputs = {key: rows[key] for key in ("input_ids", "attention_mask", "position_ids")}
+    difference = (model(**inputs).logits - rows["logits"])[rows["attention_mask"].bool()].abs().max().item()
+    assert difference <= tolerance
+    greedy = rows["greedy_single"]
+    generated = model.generate(
+        inputs["input_ids"][:1],
+        attention_mask=inputs["attention_mask"][:1],
+        max_new_tokens=24,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    assert torch.equal(generated, greedy)
+    return model
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), other[name].reshape(-1).view(torch.uint8)), name
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+
+
+# --- layouts
+
+
+@pytest.mark.parametrize("name", [DENSE, MOE, RAW])
+@pytest.mark.parametrize("size", ["5GB", "300KB"])
+def test_any_layout_becomes_the_hubs(name, size, tmp_path):
+    folder = convert_checkpoint(checkpoint(name), tmp_path / "hub", max_shard_size=size)
+    check_golden(folder, name)
+    assert (folder / "model.safetensors").exists() == (size == "5GB")
+    assert (folder / "tokenizer.json").exists()
+    text = "陕西的省会是西安 and more"
+    assert AutoTokenizer.from_pretrained(folder)(text) == AutoTokenizer.from_pretrained(checkpoint(name))(text)
+
+
+def test_a_dense_checkpoint_is_a_llama(tmp_path):
+    folder = convert_checkpoint(checkpoint(DENSE), tmp_path / "llama", to="llama")
+    model = check_golden(folder, DENSE)
+    assert type(model) is LlamaForCausalLM
+    program = (
+        "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "ids = AutoTokenizer.from_pretrained(sys.argv[1])('a b').input_ids\n"
+        "print(type(model).__name__, ids, 'skywork_hf' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=True)
+    ids = AutoTokenizer.from_pretrained(checkpoint(DENSE))("a b").input_ids
+    assert run.stdout.split("\n")[0] == f"LlamaForCausalLM {ids} False"
+    with pytest.raises(ValueError, match="Only a dense checkpoint"):
+        convert_checkpoint(checkpoint(MOE), tmp_path / "moe-llama", to="llama")
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    experts=st.integers(2, 5),
+    interval=st.integers(1, 2),
+    two_layers=st.booleans(),
+    multiplies=st.booleans(),
+    tied=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    size=st.sampled_from(["5GB", "10KB"]),
+)
+def test_to_the_training_layout_and_back(
+    tmp_path_factory, experts, interval, two_layers, multiplies, tied, dtype, size
+):
+    folder = tmp_path_factory.mktemp("round")
+    config = tiny_moe_config(
+        num_experts=[experts],
+        moe_expert_interval=interval,
+        moe_2layer_gate=two_layers,
+        moe_feature_no_mul_topk=not multiplies,
+        tie_word_embeddings=tied,
+    )
+    SkyworkMoeForCausalLM(config).to(dtype).save_pretrained(folder / "hub")
+    raw = convert_checkpoint(folder / "hub", folder / "raw", to="training", max_shard_size=size)
+    names = stored(raw)
+    assert any(name.startswith("model.layers.1.mlp.moe.experts.experts.0.gate_proj.") for name in names)
+    assert ("model.layers.1.mlp.moe.gate.wg.0.weight" in names) == two_layers
+    back = convert_checkpoint(raw, folder / "back", max_shard_size=size)
+    assert_same_tensors(stored(back), stored(folder / "hub"))
+    again = AutoConfig.from_pretrained(back)
+    assert (again.moe_2layer_gate, again.multiplies_input_by_top_k) == (two_layers, multiplies)
+    assert compare_checkpoints(raw, folder / "hub").is_equal
+
+
+def test_fields_that_a_training_config_lacks_have_the_training_codes_defaults(tmp_path):
+    config = tiny_moe_config(moe_2layer_gate=True, moe_feature_no_mul_topk=False)
+    SkyworkMoeForCausalLM(config).save_pretrained(tmp_path / "hub")
+    raw = convert_checkpoint(tmp_path / "hub", tmp_path / "raw", to="training")
+    written = json.loads((raw / "config.json").read_text())
+    for field in ("moe_2layer_gate", "moe_feature_no_mul_topk"):
+        del written[field]
+    (raw / "config.json").write_text(json.dumps(written))
+    ids = tokens()
+    back = AutoModelForCausalLM.from_pretrained(convert_checkpoint(raw, tmp_path / "back"))
+    hub = AutoModelForCausalLM.from_pretrained(tmp_path / "hub")
+    assert torch.equal(back(ids).logits, hub(ids).logits)
+
+
+def test_other_heads_keep_their_names(tmp_path):
+    model = SkyworkForSequenceClassification(tiny_dense_config(num_labels=3))
+    model.save_pretrained(tmp_path / "one")
+    folder = convert_checkpoint(tmp_path / "one", tmp_path / "two")
+    assert_same_tensors(stored(folder), stored(tmp_path / "one"))
+    assert AutoConfig.from_pretrained(folder).architectures == ["SkyworkForSequenceClassification"]
+
+
+# --- dtypes and quantisation
+
+
+def test_another_dtype(tmp_path):
+    folder = convert_checkpoint(checkpoint(MOE), tmp_path / "bf16", dtype="bfloat16")
+    expected = {name: tensor.bfloat16() for name, tensor in stored(checkpoint(MOE)).items() if "golden" not in name}
+    written = stored(folder)
+    assert_same_tensors(written, {name: expected[name] for name in written})
+    assert AutoConfig.from_pretrained(folder).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="expected one of float16"):
+        convert_checkpoint(checkpoint(MOE), tmp_path / "int", dtype="int8")
+
+
+@pytest.mark.parametrize(
+    ("method", "config"),
+    [
+        ("int8", SkyworkInt8Config()),
+        ("fp8", SkyworkFp8Config()),
+        ("fp8-weight-only", SkyworkFp8Config("none")),
+    ],
+)
+def test_quantised_as_loading_and_saving_would(method, config, tmp_path):
+    folder = quantize_checkpoint(checkpoint(MOE), tmp_path / "streamed", method, max_shard_size="200KB")
+    AutoModelForCausalLM.from_pretrained(checkpoint(MOE), quantization_config=config).save_pretrained(
+        tmp_path / "saved"
+    )
+    assert_same_tensors(stored(folder), stored(tmp_path / "saved"))
+    one, other = (AutoConfig.from_pretrained(f).quantization_config for f in (folder, tmp_path / "saved"))
+    assert one == other
+    comparison = compare_checkpoints(checkpoint(MOE), folder)
+    errors = {difference.part: difference.error for difference in comparison.differences}
+    assert 0 < errors["experts"] < 0.05
+    assert errors["gate"] == errors["norms"] == errors["head"] == 0
+    with pytest.raises(ValueError, match="quantised already"):
+        quantize_checkpoint(folder, tmp_path / "twice", "int8")
+    with pytest.raises(ValueError, match="quantised already"):
+        convert_checkpoint(folder, tmp_path / "cast", dtype="float32")
+
+
+def test_a_quantised_checkpoint_is_resharded(tmp_path):
+    folder = convert_checkpoint(checkpoint(FP8), tmp_path / "again", max_shard_size="150KB")
+    before = {name: t for name, t in stored(checkpoint(FP8)).items() if name.startswith(("model.", "lm_head."))}
+    assert_same_tensors(stored(folder), before)
+    assert AutoModelForCausalLM.from_pretrained(folder).hf_quantizer is not None
+
+
+# --- upcycling and adapters
+
+
+@pytest.mark.parametrize("experts", [4, 8, 16])
+@pytest.mark.parametrize("normalised", [True, False])
+def test_an_upcycled_model_computes_what_the_dense_one_does(experts, normalised, tmp_path):
+    folder = upcycle_checkpoint(
+        checkpoint(DENSE), tmp_path / "moe", experts, moe_use_logits_norm=normalised, max_shard_size="400KB"
+    )
+    model = check_golden(folder, DENSE, tolerance=1e-5)
+    assert isinstance(model, SkyworkMoeForCausalLM)
+    assert model.config.num_local_experts == experts
+
+
+def test_upcycling_every_second_layer_with_a_seed_and_noise(tmp_path):
+    every_second = upcycle_checkpoint(checkpoint(DENSE), tmp_path / "second", 4, interval=2)
+    check_golden(every_second, DENSE, tolerance=1e-5)
+    names = stored(every_second)
+    assert "model.layers.0.mlp.up_proj.weight" in names
+    assert "model.layers.1.block_sparse_moe.experts.3.w3.weight" in names
+
+    def upcycled(name: str, **options: Any) -> dict[str, torch.Tensor]:
+        return stored(upcycle_checkpoint(checkpoint(DENSE), tmp_path / name, 4, **options))
+
+    one, same, other = upcycled("a", noise=0.1), upcycled("b", noise=0.1), upcycled("c", noise=0.1, seed=1)
+    gate, expert = ("model.layers.0.block_sparse_moe." + name for name in ("gate.weight", "experts.{}.w1.weight"))
+    assert_same_tensors(one, same)
+    assert not torch.equal(one[gate], other[gate])
+    dense = stored(convert_checkpoint(checkpoint(DENSE), tmp_path / "dense"))["model.layers.0.mlp.gate_proj.weight"]
+    noise = [one[expert.format(number)] - dense for number in range(4)]
+    assert all(n.std().item() == pytest.approx(0.1 * dense.std().item(), rel=0.1) for n in noise)
+    assert not torch.equal(noise[0], noise[1])
+    with pytest.raises(ValueError, match="has experts already"):
+        upcycle_checkpoint(checkpoint(MOE), tmp_path / "again", 4)
+
+
+def adapter_of(model: Any, folder: Path, **options: Any) -> Any:
+    """An adapter with random weights, saved; the model with it merged by PEFT."""
+    peft = pytest.importorskip("peft")
+    config = options.pop("config", None) or peft.LoraConfig(init_lora_weights=False, **options)
+    adapted = peft.get_peft_model(model, config)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) / 10)
+    adapted.save_pretrained(folder)
+    return adapted.merge_and_unload()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"r": 2, "target_modules": ["q_proj", "w1", "w2"], "task_type": "CAUSAL_LM"},
+        {"r": 4, "target_modules": "all-linear", "use_rslora": True, "rank_pattern": {r"experts\.1\.w3": 2}},
+        {"r": 2, "target_modules": ["v_proj", "w3"], "use_dora": True, "alpha_pattern": {"v_proj": 3}},
+        {"r": 2, "target_modules": ["o_proj"], "modules_to_save": ["lm_head"]},
+        {"r": 2, "target_modules": ["embed_tokens", "k_proj"]},
+    ],
+    ids=["lora", "rslora with patterns", "dora", "whole modules", "embeddings"],
+)
+def test_an_adapter_is_merged_as_peft_merges_it(options, tmp_path):
+    model = SkyworkMoeForCausalLM(tiny_moe_config())
+    model.save_pretrained(tmp_path / "base")
+    merged = adapter_of(model, tmp_path / "adapter", **options)
+    folder = convert_checkpoint(tmp_path / "base", tmp_path / "merged", adapter=tmp_path / "adapter")
+    written = stored(folder)
+    changed = compare_checkpoints(tmp_path / "base", folder)
+    assert any(difference.error > 0.01 for difference in changed.differences)
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(written[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_adapters_that_do_not_fit(tmp_path):
+    model = SkyworkMoeForCausalLM(tiny_moe_config())
+    model.save_pretrained(tmp_path / "base")
+    adapter_of(model, tmp_path / "adapter", r=2, target_modules=["q_proj", "w1"])
+    SkyworkForCausalLM(tiny_dense_config()).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"adapts `model\.layers\.0\.block_sparse_moe\.experts\.0\.w1\.weight` and"):
+        convert_checkpoint(tmp_path / "other", tmp_path / "merged", adapter=tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"no adapter_config\.json"):
+        convert_checkpoint(tmp_path / "base", tmp_path / "merged", adapter=tmp_path / "base")
+    assert not (tmp_path / "merged").exists()
+
+
+# --- the manifest
+
+
+@pytest.mark.parametrize("name", [DENSE, RAW])
+def test_every_source_tensor_is_accounted_for(name, tmp_path):
+    folder = convert_checkpoint(checkpoint(name), tmp_path / "hub", max_shard_size="300KB", dtype="bfloat16")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    sources = {
+        (file.name, key)
+        for file in checkpoint(name).glob("*.bin")
+        for key in torch.load(file, weights_only=True, map_location="meta")
+    }
+    used = [(source["file"], source["name"]) for entry in manifest["tensors"] for source in entry["sources"]]
+    ignored = [(tensor["file"], tensor["name"]) for tensor in manifest["ignored"]]
+    assert sorted([*used, *ignored]) == sorted(sources)
+    for product in (product for entry in manifest["tensors"] for product in entry["products"]):
+        with safe_open(folder / product["file"], framework="pt") as file:
+            tensor = file.get_tensor(product["name"])
+        assert str(tensor.dtype) == f"torch.{product['dtype']}"
+        assert list(tensor.shape) == product["shape"]
+        assert hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest() == product["sha256"]
+
+
+def test_a_value_that_was_not_written_as_it_was_read_is_found(tmp_path, monkeypatch):
+    real = convert_module.write_shard
+
+    def flipped(file: Path, *arguments: Any) -> Any:
+        entries = real(file, *arguments)
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        return entries
+
+    monkeypatch.setattr(convert_module, "write_shard", flipped)
+    with pytest.raises(ValueError, match="is not what was to be written"):
+        convert_checkpoint(checkpoint(MOE), tmp_path / "hub")
+    assert not (tmp_path / "hub").exists()
+    convert_checkpoint(checkpoint(MOE), tmp_path / "unverified", verify=False)
+
+
+# --- interrupted
+
+
+def test_killed_at_any_moment_and_resumed_it_ends_byte_equal(tmp_path):
+    program = (
+        "import sys, time; from skywork_hf.checkpoints import writer, convert\n"
+        "real = writer._write\n"
+        "def slow(*a):\n"
+        "    time.sleep(0.01); real(*a)\n"
+        "writer._write = slow\n"
+        "print('ready', flush=True)\n"
+        "convert.convert_checkpoint(sys.argv[1], sys.argv[2], max_shard_size='100KB', resume=True)\n"
+    )
+    source, target = checkpoint(MOE), tmp_path / "hub"
+    expected = digest(convert_checkpoint(source, tmp_path / "whole", max_shard_size="100KB"))
+    before = digest(source)
+    moments = random.Random(0)
+    kills = 0
+    while not target.exists():
+        run = subprocess.Popen(
+            [sys.executable, "-c", program, str(source), str(target)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        assert run.stdout.readline() == b"ready\n"
+        if kills < 10:
+            time.sleep(moments.uniform(0.05, 0.4))
+            run.send_signal(signal.SIGKILL)
+            kills += 1
+        run.wait()
+        assert not target.exists() or digest(target) == expected
+    assert digest(target) == expected
+    assert digest(source) == before
+    assert not (tmp_path / "hub.unfinished").exists()
+    assert kills == 10 or run.returncode == 0
+
+
+def test_resuming_with_other_arguments_or_sources_is_refused(tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint(MOE), source)
+    stopped_after(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(source, tmp_path / "hub", max_shard_size="100KB")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="begun from another source or with other arguments"):
+        convert_checkpoint(source, tmp_path / "hub", max_shard_size="200KB", resume=True)
+    file = source / "model-00001-of-00003.safetensors"
+    os.utime(file, (1, 1))
+    with pytest.raises(ValueError, match="begun from another source or with other arguments"):
+        convert_checkpoint(source, tmp_path / "hub", max_shard_size="100KB", resume=True)
+    convert_checkpoint(source, tmp_path / "hub", max_shard_size="100KB")  # without `resume`: from the beginning
+    check_golden(tmp_path / "hub", MOE)
+
+
+def stopped_after(monkeypatch: pytest.MonkeyPatch, shards: int) -> None:
+    real, written = convert_module.write_shard, []
+
+    def stopping(*arguments: Any) -> Any:
+        if len(written) == shards:
+            raise KeyboardInterrupt
+        written.append(arguments)
+        return real(*arguments)
+
+    monkeypatch.setattr(convert_module, "write_shard", stopping)
+
+
+def test_a_full_disk_leaves_what_is_finished(tmp_path, monkeypatch):
+    real, calls = os.pwrite, []
+
+    def full(*arguments: Any) -> int:
+        calls.append(arguments)
+        if len(calls) > 40:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="is full: make room and go on with `resume`"):
+        convert_checkpoint(checkpoint(MOE), tmp_path / "hub", max_shard_size="100KB")
+    assert not (tmp_path / "hub").exists()
+    finished = digest_of_shards(tmp_path / "hub.unfinished")
+    assert finished
+    monkeypatch.undo()
+    convert_checkpoint(checkpoint(MOE), tmp_path / "hub", max_shard_size="100KB", resume=True)
+    assert finished.items() <= digest(tmp_path / "hub").items()
+
+
+def digest_of_shards(folder: Path) -> dict[str, str]:
+    return {name: value for name, value in digest_files(folder).items() if name.endswith(".safetensors")}
+
+
+def digest_files(folder: Path) -> dict[str, str]:
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir() if f.is_file()}
+
+
+def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(100, 100, 2**20))
+    with pytest.raises(OSError, match=r"has 0\.0009766 GiB free and 0\.00497\d* GiB are still to be written"):
+        convert_checkpoint(checkpoint(MOE), tmp_path / "hub")
+    assert not (tmp_path / "hub").exists()
+
+
+# --- wrong input
+
+
+def broken_source(folder: Path, what: str) -> Path:
+    """A copy of the golden MoE checkpoint with something wrong."""
+    shutil.copytree(checkpoint(MOE), folder)
+    shard = folder / "model-00002-of-00003.safetensors"
+    tensors = load_file(shard)
+    name = next(iter(tensors))
+    if what == "missing tensor":
+        del tensors[name]
+    elif what == "unexpected tensor":
+        tensors["model.layers.0.other.weight"] = torch.ones(2)
+    elif what == "shape":
+        tensors[name] = torch.ones(3, 5)
+    elif what == "two sources":
+        tensors |= {"lm_head.weight": torch.ones(4007, 64), "model.embed_tokens.weight": torch.ones(4007, 64)}
+    save_file(tensors, shard)
+    if what == "cut off":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif what == "missing file":
+        shard.unlink()
+    elif what == "no config":
+        (folder / "config.json").unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("missing tensor", "tensors are missing: "),
+        ("unexpected tensor", r"tensors are unexpected: model\.layers\.0\.other\.weight"),
+        ("shape", r"contradictions: .* is \[3, 5\]"),
+        ("two sources", "is in .* too: expected one source"),
+        ("cut off", "it is cut off or damaged"),
+        ("missing file", "files are missing: model-00002-of-00003"),
+        ("no config", r"config\.json is not there"),
+    ],
+)
+def test_a_source_that_is_not_whole(what, message, tmp_path):
+    source = broken_source(tmp_path / "source", what)
+    before = digest(source)
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(source, tmp_path / "hub")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+    assert digest(source) == before
+
+
+class Hostile:
+    def __reduce__(self) -> Any:
+        return (os.system, ("touch hostile",))
+
+
+def test_a_pickle_with_more_than_tensors_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(FIXTURES / RAW, tmp_path / "source")
+    content = torch.load(tmp_path / "source" / "pytorch_model.bin", weights_only=True)
+    torch.save({**content, "extra": Hostile()}, tmp_path / "source" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="Pickles that hold anything but plain tensors are refused"):
+        convert_checkpoint(tmp_path / "source", tmp_path / "hub")
+    assert not (tmp_path / "hostile").exists()
+
+
+def test_what_is_there_is_not_overwritten(tmp_path):
+    (tmp_path / "hub").mkdir()
+    with pytest.raises(ValueError, match="is there already"):
+        convert_checkpoint(checkpoint(MOE), tmp_path / "hub")
+    with pytest.raises(ValueError, match="expected one of hub, training, llama"):
+        convert_checkpoint(checkpoint(MOE), tmp_path / "other", to="onnx")
+    with pytest.raises(ValueError, match="expected one of int8, fp8, fp8-weight-only"):
+        convert_checkpoint(checkpoint(MOE), tmp_path / "other", quantization="int3")
+
+
+# --- memory
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits address space as Linux counts it")
+def test_a_checkpoint_larger_than_the_memory_allowed(tmp_path):
+    """In a process that may have 600 MiB more than an interpreter with torch, a checkpoint of 1.2 GiB."""
+    config = SkyworkMoeConfig(
+        vocab_size=1024, hidden_size=1024, intermediate_size=3072, num_hidden_layers=4, num_attention_heads=8
+    )
+    program = (
+        "import resource, sys, torch\n"
+        "from skywork_hf.checkpoints.convert import convert_checkpoint\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 600 * 2**20,) * 2)\n"
+        "torch.set_num_threads(1)\n"
+        "options = {'max_shard_size': '100MB', 'dtype': sys.argv[3] or None, 'verify': False}\n"
+        "convert_checkpoint(sys.argv[1], sys.argv[2], **options)\n"
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "source", max_shard_size="50MB")
+    del model
+    size = sum(file.stat().st_size for file in (tmp_path / "source").glob("*.safetensors"))
+    assert size > 1.1 * 2**30
+    for dtype in ("", "float16"):
+        command = [sys.executable, "-c", program, str(tmp_path / "source"), str(tmp_path / f"hub{dtype}"), dtype]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-2000:]
+        written = sum(file.stat().st_size for file in (tmp_path / f"hub{dtype}").glob("*.safetensors"))
+        assert written == pytest.approx(size, rel=0.001)
+        shutil.rmtree(tmp_path / f"hub{dtype}")
+
+
+# --- the command
+
+
+def test_the_commands(tmp_path, capsys):
+    main(["convert", str(checkpoint(RAW)), str(tmp_path / "hub"), "--max-shard-size", "1MB"])
+    main(["quantize", str(tmp_path / "hub"), str(tmp_path / "int8"), "--method", "int8", "--no-verify"])
+    main(["upcycle", str(checkpoint(DENSE)), str(tmp_path / "moe"), "--experts", "4", "--layers", "2"])
+    main(["verify", str(checkpoint(RAW)), str(tmp_path / "hub")])
+    printed = capsys.readouterr().out
+    for name in ("hub", "int8", "moe"):
+        assert f"Wrote {tmp_path / name}." in printed
+    with pytest.raises(SystemExit) as stopped:
+        main(["verify", str(tmp_path / "hub"), str(tmp_path / "int8")])
+    assert stopped.value.code == 1
+    assert "experts" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"skywork-hf: .* is there already"):
+        main(["convert", str(checkpoint(RAW)), str(tmp_path / "hub")])
+    with pytest.raises(SystemExit, match="expected every, or a number"):
+        main(["upcycle", str(checkpoint(DENSE)), str(tmp_path / "again"), "--layers", "some"])
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("convert_checkpoint.py", [DENSE, "--to", "llama"]),
+        ("quantize_checkpoint.py", [MOE]),
+        ("upcycle_dense_to_moe.py", [DENSE, "--experts", "4"]),
+    ],
+)
+def test_the_scripts(script, options, tmp_path):
+    path = Path(__file__).parent.parent / "conversion" / script
+    command = [sys.executable, str(path), str(checkpoint(options[0])), str(tmp_path / "out"), *options[1:]]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert "example" in subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True).stdout
