@@ -122,6 +122,24 @@ def test_cpu_and_disk_alone_change_no_bit(share, tmp_path):
     )
 
 
+def test_the_kernel_is_told_which_experts_on_disk_will_be_read(monkeypatch):
+    advised: list[tuple[str, set[int]]] = []
+    monkeypatch.setattr(
+        "skywork_hf.placement.pages._advise",
+        lambda tensors, advice: advised.append((advice, {tensor.data_ptr() for tensor in tensors})),
+    )
+    experts = [["disk" if number < 12 else "cpu" for number in range(16)], ["cpu"] * 16]
+    model = load(checkpoint(MOE), device_map=expert_map(["cpu"] * 2, experts))
+    assert [advice for advice, _ in advised] == ["MADV_RANDOM"] * 12
+    advised.clear()
+    seen = expert_devices(model)
+    logits_of(model, tokens(1, 3, vocab=200))
+    ran = [model.get_submodule(name) for name, devices in seen.items() if devices and ".0.block" in name]
+    assert 2 <= len(ran) <= 6
+    weights = {parameter.data_ptr() for expert in ran for parameter in expert.parameters()}
+    assert advised == [("MADV_WILLNEED", weights)]  # the other layer has nothing on the disk
+
+
 def test_experts_on_disk_are_cast_when_they_are_read(tmp_path):
     """Where the model has another dtype than the files they cannot stay mapped, and are accelerate's."""
     SkyworkMoeForCausalLM(tiny_moe_config()).bfloat16().save_pretrained(tmp_path)

@@ -6,6 +6,7 @@ load-balancing loss (eq. 4).
 """
 
 # No `from __future__ import annotations`: transformers' common tests read the types in `forward`'s signature.
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Unpack
 
@@ -162,6 +163,8 @@ class SkyworkMoeExperts(nn.ModuleList):
     # From how many rows on an expert that lives on the CPU is copied to its layer's GPU and computed there, in
     # inference; None: never. Where the weights are read once for many rows, a bus can beat a CPU.
     stream_from_rows: int | None = None
+    # Told which experts will run, as soon as that is known; for those whose weights are on a disk.
+    before_run: Callable[[list[nn.Module]], None] | None = None
 
     def __init__(self, config: SkyworkMoeConfig) -> None:
         super().__init__(SkyworkMoeExpert(config) for _ in range(config.num_local_experts))
@@ -199,6 +202,8 @@ class SkyworkMoeExperts(nn.ModuleList):
         """Each expert's outputs on its rows, on the device of `rows`. Other devices are given their work before the
         CPU begins its own, so that all compute at the same time."""
         runs = [(n, slice(*run)) for n, run in enumerate(pairwise(bounds)) if run[0] < run[1]]
+        if self.before_run is not None:
+            self.before_run([self[number] for number, _ in runs])
         outputs: dict[int, torch.Tensor] = {}
         for number, run in sorted(runs, key=lambda run: _device_of(self[run[0]]).type == "cpu"):
             expert = self[number]

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from ..modeling_skywork_moe import SkyworkMoeDecoderLayer, SkyworkMoeExperts, compute_on
 from ..quantization.linear import SkyworkQuantizedLinear
 from .hardware import CPU, DISK, fastest_seconds
+from .pages import read_only_when_told, will_be_read
 from .plan import PlacementPlan
 from .planner import plan_device_map
 from .report import placement_report
@@ -148,6 +149,9 @@ def _free_experts(name: str, experts: SkyworkMoeExperts, device_map: dict[str, A
             module = expert.get_submodule(module_name)
             old = module._parameters[tensor_name]
             module._parameters[tensor_name] = nn.Parameter(tensor, requires_grad=old.requires_grad)  # type: ignore[union-attr]
+        if mapped:
+            read_only_when_told(expert)
+            experts.before_run = will_be_read
 
 
 def _mapped_weights(expert: nn.Module) -> dict[str, torch.Tensor] | None:
