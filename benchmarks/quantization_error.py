@@ -24,7 +24,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging
 
 from skywork_hf import SkyworkFp8Config, SkyworkInt8Config
-from skywork_hf.demo import tiny_checkpoint
 from skywork_hf.quantization import kernels
 
 FP8_FIXTURE = Path(__file__).parents[1] / "tests" / "fixtures" / "skywork-moe-tiny-fp8"
@@ -87,7 +86,7 @@ def compare(name: str, exact: tuple[list[torch.Tensor], torch.Tensor], path: Pat
 
 def agreement() -> None:
     print(f"\n{'':34}{'first routing':>14}{'last routing':>14}{'logits error':>14}{'same token':>14}")
-    moe = tiny_checkpoint()
+    moe = Path(__file__).parent.parent / "tests" / "fixtures" / "skywork-moe-tiny"
     exact = outputs(moe, None)
     compare("int8", exact, moe, SkyworkInt8Config())
     compare("FP8, weight-only", exact, moe, SkyworkFp8Config("none"))

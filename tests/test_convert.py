@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import FIXTURES, checkpoint, golden, tiny_dense_config, tiny_moe_config, tokens
+from tiny import checkpoint, golden, tiny_dense_config, tiny_moe_config, tokens
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from skywork_hf import (
@@ -501,7 +501,7 @@ class Hostile:
 
 def test_a_pickle_with_more_than_tensors_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(FIXTURES / RAW, tmp_path / "source")
+    shutil.copytree(checkpoint(RAW), tmp_path / "source")
     content = torch.load(tmp_path / "source" / "pytorch_model.bin", weights_only=True)
     torch.save({**content, "extra": Hostile()}, tmp_path / "source" / "pytorch_model.bin")
     with pytest.raises(ValueError, match="Pickles that hold anything but plain tensors are refused"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import AutoModelForCausalLM
 
+from skywork_hf.checkpoints.convert import convert_checkpoint
 from skywork_hf.cli import main
 from skywork_hf.demo import compare_with_reference, tiny_checkpoint
 
@@ -15,13 +16,14 @@ def test_demo_tells_what_was_loaded_agrees_and_generates(capsys):
     assert "SkyworkMoeForCausalLM, modular experts, torch.float32 on cpu" in printed
     assert "2 layers, 16 experts in each, 2 for each token" in printed
     assert "agrees with the reference implementation" in printed
+    assert "3 shards, every value read again and compared" in printed
     assert "one sequence of 64 tokens" in printed
     assert "cccccccccccccccc" in printed
     assert "32 x float32 linear" in printed
 
 
-def test_a_model_that_disagrees_fails_the_demo(monkeypatch):
-    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint())
+def test_a_model_that_disagrees_fails_the_demo(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(convert_checkpoint(tiny_checkpoint(), tmp_path / "hub"))
     model.lm_head.weight.data += 0.01
     with pytest.raises(ValueError, match="logits differ by"):
         compare_with_reference(model, tiny_checkpoint())

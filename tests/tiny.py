@@ -17,7 +17,7 @@ LAYOUTS = ("modular", "fused")
 
 def checkpoint(name: str) -> Path:
     """The folder of a golden checkpoint; the one that the demo loads lives in the package."""
-    return tiny_checkpoint() if name == "skywork-moe-tiny" else FIXTURES / name
+    return tiny_checkpoint() if name == tiny_checkpoint().name else FIXTURES / name
 
 
 def golden(name: str) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
+from .checkpoints.convert import convert_checkpoint
 from .placement import measured_bandwidth, placement_report, plan_device_map
 
 GOLDEN_LOGITS_TOLERANCE = 2e-5  # two correct float32 implementations were seen to differ by 1e-5
@@ -19,20 +21,27 @@ CONTEXT_TOKENS = 64
 
 
 def tiny_checkpoint() -> Path:
-    """The folder of the bundled checkpoint: Skywork-MoE's released layout, random weights, 2 layers of 16 experts,
-    with outputs of a reference implementation in `golden.safetensors`."""
-    return Path(str(files("skywork_hf") / "assets" / "skywork-moe-tiny"))
+    """The folder of the bundled checkpoint: Skywork-MoE in the training layout, one pickle, random weights, 2 layers
+    of 16 experts, with outputs of a reference implementation in `golden.safetensors`."""
+    return Path(str(files("skywork_hf") / "assets" / "skywork-moe-tiny-training-layout"))
 
 
 def run() -> None:
-    """Plan, load, describe, compare, generate, and look where everything is.
+    """Convert, plan, load, describe, compare, generate, and look where everything is.
 
     Raises:
         ValueError: the model disagrees with the reference by more than float32 rounding, or is not where it was
             planned to be.
     """
-    checkpoint = tiny_checkpoint()
-    print(f"Planning {checkpoint.name} over the devices of this machine, from its config alone:\n")
+    with tempfile.TemporaryDirectory() as folder:
+        _run(tiny_checkpoint(), Path(folder) / "skywork-moe-tiny")
+
+
+def _run(raw: Path, checkpoint: Path) -> None:
+    print(f"Converting {raw.name}, one pickle, to safetensors in the Hub's layout.")
+    convert_checkpoint(raw, checkpoint, max_shard_size="2MB")
+    print(f"  {len(list(checkpoint.glob('*.safetensors')))} shards, every value read again and compared")
+    print(f"\nPlanning {checkpoint.name} over the devices of this machine, from its config alone:\n")
     bandwidth = {"cpu": measured_bandwidth() / 1e9}
     plan = plan_device_map(checkpoint, context_tokens=CONTEXT_TOKENS, bandwidth=bandwidth)
     print(plan)
@@ -40,7 +49,7 @@ def run() -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, device_map=plan)
     print(describe(model))
-    print(compare_with_reference(model, checkpoint))
+    print(compare_with_reference(model, raw))
 
     prompt = "陕西的省会是西安"
     print(f"\nGenerating {NEW_TOKENS} tokens after “{prompt}” (the weights are random: the text means nothing):")

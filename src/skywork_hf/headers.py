@@ -45,12 +45,14 @@ class StoredTensor:
         name: its name in the file.
         dtype: what it is stored in.
         shape: its shape.
+        offset: where its bytes begin in a safetensors file.
     """
 
     file: Path
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    offset: int | None = None
 
     @property
     def numel(self) -> int:
@@ -101,8 +103,10 @@ def _safetensors_header(file: Path) -> list[StoredTensor]:
             f"{file} has {size:,} bytes and its header speaks of {8 + length + end:,}: it is cut off or damaged; "
             "download or write it again."
         )
+    data = 8 + length
     return [
-        StoredTensor(file, name, _dtype(file, name, entry), tuple(entry["shape"])) for name, entry in header.items()
+        StoredTensor(file, name, _dtype(file, name, entry), tuple(entry["shape"]), data + entry["data_offsets"][0])
+        for name, entry in header.items()
     ]
 
 

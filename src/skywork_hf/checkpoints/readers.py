@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import safe_open
 
 from ..headers import StoredTensor
 
@@ -20,29 +20,36 @@ _OPEN_FILES = 4
 
 
 class Reader:
-    """Reads tensors from checkpoint files, keeping some files open; values are mapped where a file allows it.
+    """Reads tensors from checkpoint files; values are mapped where a file allows it.
 
-    Values in nested dicts, as Megatron's pickles have them, are named by the dicts' keys joined with "/".
+    Of a safetensors file only the tensor is mapped, so that address space may be as short as memory. Of pickles some
+    stay open. Values in nested dicts, as Megatron's pickles have them, are named by the dicts' keys joined with "/".
     """
 
     def __init__(self) -> None:
-        self._open: OrderedDict[Path, Any] = OrderedDict()
+        self._open: OrderedDict[Path, dict[str, torch.Tensor]] = OrderedDict()
 
     def read(self, tensor: StoredTensor) -> torch.Tensor:
-        content = self._content(tensor.file)
-        return content[tensor.name] if isinstance(content, dict) else content.get_tensor(tensor.name)
+        if tensor.offset is not None:
+            return _mapped(tensor)
+        return self._content(tensor.file)[tensor.name]
 
-    def _content(self, file: Path) -> Any:
+    def _content(self, file: Path) -> dict[str, torch.Tensor]:
         if file in self._open:
             self._open.move_to_end(file)
             return self._open[file]
         while len(self._open) >= _OPEN_FILES:
             self._open.popitem(last=False)
-        if file.suffix == ".safetensors":
-            self._open[file] = safe_open(file, framework="pt")
-        else:
-            self._open[file] = dict(flat_tensors(load_pickle(file)))
+        self._open[file] = dict(flat_tensors(load_pickle(file)))
         return self._open[file]
+
+
+def _mapped(tensor: StoredTensor) -> torch.Tensor:
+    if tensor.nbytes == 0:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    # Copy on write, so that torch may have it; nobody writes.
+    data = np.memmap(tensor.file, dtype=np.uint8, mode="c", offset=tensor.offset or 0, shape=(tensor.nbytes,))
+    return torch.from_numpy(data).view(tensor.dtype).reshape(tensor.shape)
 
 
 def load_pickle(file: Path, device: str = "cpu") -> Any:

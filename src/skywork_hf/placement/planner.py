@@ -79,7 +79,7 @@ def plan_device_map(
     devices = devices_of(max_memory, bandwidth)
     usage = ExpertUsage.load(expert_usage) if isinstance(expert_usage, str | Path) else expert_usage
     request = Request(
-        name=str(config.name_or_path) if isinstance(model, PreTrainedConfig) else str(model),
+        name=_name(str(config.name_or_path) if isinstance(model, PreTrainedConfig) else model),
         config=config,
         model_class=model_class or AutoModelForCausalLM._model_mapping[type(config)],
         devices=tuple(devices),
@@ -95,6 +95,11 @@ def plan_device_map(
         return PlacementPlan.of(request)
     except DoesNotFit as error:
         raise ValueError(_refusal(request, error.shortfall)) from None
+
+
+def _name(model: str | Path) -> str:
+    """What people call it: a name on the Hub, or a folder's."""
+    return Path(model).name if Path(model).is_dir() else str(model)
 
 
 def _check(config: Any, strategy: str, context_tokens: int | None, batch_size: int) -> None:
