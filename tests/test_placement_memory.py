@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from skywork_hf import (
     SkyworkForCausalLM,
     SkyworkForSequenceClassification,
+    SkyworkFp8Config,
     SkyworkInt8Config,
     SkyworkModel,
     SkyworkMoeForCausalLM,
@@ -71,6 +72,18 @@ def test_planned_bytes_of_the_released_fp8_layout(quantization):
     name = checkpoint("skywork-moe-tiny-fp8")
     plan = plan_device_map(name, {"cpu": "1GiB"}, quantization)
     assert plan.weight_bytes("cpu") == loaded_bytes(AutoModelForCausalLM.from_pretrained(name, device_map=plan))
+
+
+@pytest.mark.parametrize("kept", ["q_proj", "model.layers.0"])
+def test_modules_that_a_checkpoint_keeps_in_16_bit(kept, tmp_path):
+    SkyworkMoeForCausalLM(tiny_moe_config()).bfloat16().save_pretrained(tmp_path / "plain")
+    config = SkyworkFp8Config(modules_to_not_convert=[kept])
+    quantised = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=config)
+    quantised.save_pretrained(tmp_path / "kept")
+    for quantization in (None, "fp8", SkyworkFp8Config("none")):
+        plan = plan_device_map(tmp_path / "kept", {"cpu": "1GiB"}, quantization)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "kept", device_map=plan)
+        assert plan.weight_bytes("cpu") == loaded_bytes(model)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,16 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import LlamaConfig
 
-from ..configuration_skywork import SkyworkConfig, SkyworkMoeConfig
+from ..configuration_skywork import SkyworkMoeConfig
 from ..tokenization_skywork import SkyworkTokenizer
 from .adapters import merge_adapter
 from .inspection import CONFIG_FILE
-from .layouts import HUB, LLAMA, TRAINING, model_class_of, to_training
+from .layouts import HUB, LLAMA, TRAINING, config_of, model_class_of, to_training
 from .readers import Reader
 from .recipes import Product, Recipe, Source
 from .sources import read_source
 from .transforms import cast, is_quantized, quantize, upcycle
-from .writer import split_into_shards, write_shard
+from .writer import finish_shard, part_of, split_into_shards, write_shard
 
 TARGETS = (HUB, TRAINING, LLAMA)
 MANIFEST = "conversion.json"
@@ -86,7 +87,7 @@ def convert_checkpoint(
 
 
 def _read_config(file: str | Path | None) -> Any:
-    return None if file is None else SkyworkConfig.from_json_file(file)
+    return None if file is None else config_of(json.loads(Path(file).read_text(encoding="utf-8")))
 
 
 def quantize_checkpoint(source: str | Path, destination: str | Path, method: str, **options: Any) -> Path:
@@ -201,7 +202,10 @@ def _write_shards(unfinished: Path, shards: list[list[Recipe]]) -> list[dict[str
     """Write those that are not there yet. Returns the manifest's entries."""
     total = sum(product.nbytes for shard in shards for recipe in shard for product in recipe.products)
     reader, entries = Reader(), []
-    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="Writing") as bar:
+    bar = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="Writing")
+    # One shard goes to the disk while the next is being made.
+    with bar, ThreadPoolExecutor(max_workers=1) as finisher:
+        finishing: Future[None] | None = None
         for number, recipes in enumerate(shards, start=1):
             name = shard_name(number, len(shards))
             notes = unfinished / "progress" / f"{name}.json"
@@ -209,8 +213,13 @@ def _write_shards(unfinished: Path, shards: list[list[Recipe]]) -> list[dict[str
                 bar.update(sum(product.nbytes for recipe in recipes for product in recipe.products))
             else:
                 written = write_shard(unfinished / name, recipes, reader, bar.update)
+                if finishing is not None:
+                    finishing.result()
                 _write_text(notes, json.dumps(written))
+                finishing = finisher.submit(finish_shard, unfinished / name)
             entries += json.loads(notes.read_text())
+        if finishing is not None:
+            finishing.result()
     return entries
 
 
@@ -221,9 +230,8 @@ def shard_name(number: int, count: int) -> str:
 
 def _write_text(file: Path, text: str) -> None:
     """Whole or not at all."""
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.rename(file)
+    part_of(file).write_text(text, encoding="utf-8")
+    part_of(file).rename(file)
 
 
 def _write_beside(source: Source, folder: Path, entries: list[dict[str, Any]], to: str) -> None:

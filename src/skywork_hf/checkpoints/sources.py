@@ -9,6 +9,7 @@ from ..configuration_skywork import SkyworkConfig, SkyworkMoeConfig
 from ..headers import StoredTensor, read_headers
 from .inspection import CONFIG_FILE, inspect_checkpoint, weight_files
 from .layouts import HUB, TRAINING, config_of, hub_shapes, is_training_layout, to_hub
+from .megatron import is_megatron, read_megatron
 from .recipes import Recipe, Source, unchanged
 
 _IGNORED = "rotary_emb.inv_freq"
@@ -25,6 +26,8 @@ def read_source(folder: Path, config: SkyworkConfig | SkyworkMoeConfig | None = 
         ValueError: a file is missing, cut off or no checkpoint, or tensors are missing, unexpected or of a shape that
             the config does not say. Names the first few.
     """
+    if is_megatron(folder):
+        return read_megatron(folder, config or _config_beside(folder))
     _check_whole(folder)
     files, _, _ = weight_files(folder)
     stored = read_headers(files)
@@ -32,6 +35,11 @@ def read_source(folder: Path, config: SkyworkConfig | SkyworkMoeConfig | None = 
     found = config_of(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), training)
     recipes, ignored = _recipes(stored, list(hub_shapes(found)))
     return Source(TRAINING if training else HUB, folder, found, recipes, ignored)
+
+
+def _config_beside(folder: Path) -> SkyworkConfig | SkyworkMoeConfig | None:
+    file = folder / CONFIG_FILE
+    return config_of(json.loads(file.read_text(encoding="utf-8")), training=True) if file.is_file() else None
 
 
 def _check_whole(folder: Path) -> None:

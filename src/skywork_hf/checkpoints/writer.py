@@ -39,7 +39,7 @@ def split_into_shards(recipes: Iterable[Recipe], max_bytes: int) -> list[list[Re
 def write_shard(
     file: Path, recipes: list[Recipe], reader: Reader, progress: Callable[[int], Any]
 ) -> list[dict[str, Any]]:
-    """Write one safetensors file under its final name, complete and synced, or not at all.
+    """Write the content of one safetensors file to `file`, which `finish_shard` will give its name.
 
     Tensors are read and made in another thread while those before them are written.
 
@@ -48,18 +48,26 @@ def write_shard(
     """
     products = [product for recipe in recipes for product in recipe.products]
     header, offsets = _header(products)
-    unfinished = file.with_name(f"{file.name}.part")
     entries = []
-    with unfinished.open("wb") as stream:
+    with part_of(file).open("wb") as stream:
         stream.write(header)
         for recipe, values, checksums in _made_ahead(recipes, reader):
             for product, value in zip(recipe.products, values, strict=True):
                 _write(stream.fileno(), value, len(header) + offsets[product.name], progress)
             entries.append(_entry(recipe, file.name, checksums))
-        stream.flush()
-        os.fsync(stream.fileno())
-    unfinished.rename(file)
     return entries
+
+
+def finish_shard(file: Path) -> None:
+    """Wait until the content is on the disk, and give it its name."""
+    with part_of(file).open("rb") as stream:
+        os.fsync(stream.fileno())
+    part_of(file).rename(file)
+
+
+def part_of(file: Path) -> Path:
+    """What a file is called until it is complete."""
+    return file.with_name(f"{file.name}.part")
 
 
 def _header(products: list[Product]) -> tuple[bytes, dict[str, int]]:
@@ -118,6 +126,8 @@ def _write(descriptor: int, value: torch.Tensor, offset: int, progress: Callable
             written = os.pwrite(descriptor, chunk, offset + start)
             chunk, start = chunk[written:], start + written
             progress(written)
+    if hasattr(os, "posix_fadvise"):  # begin to write it to the disk, rather than all at the end
+        os.posix_fadvise(descriptor, offset, len(data), os.POSIX_FADV_DONTNEED)
 
 
 def _entry(recipe: Recipe, file: str, checksums: list[str]) -> dict[str, Any]:

@@ -78,7 +78,8 @@ def reading_of(
         nbytes[key] += amount
         seconds[kind, key] += amount / speed(key) if speed(key) else 0
 
-    read("dense part", tail, size(parts.tail, tail))
+    # A tied head is the embeddings.
+    read("dense part", tail, size(parts.tail, tail) + (size(parts.head, tail) if parts.is_tied else 0))
     moe_layer = 0
     for layer, key, places in zip(parts.layers, dense, experts, strict=True):
         read("dense part", key, size(layer.dense, key) + parts.kv_bytes(context))
@@ -105,7 +106,9 @@ def _chosen_sets(load: Sequence[float], top_k: int, batch: int) -> Iterator[tupl
     if batch == 1 and comb(len(load), top_k) <= _MOST_SETS:
         sets = list(combinations(experts, top_k))
         weights = [prod(load[expert] for expert in chosen) for chosen in sets]
-        total = sum(weights) or 1.0
+        if not any(weights):  # fewer experts were ever chosen than a token chooses
+            weights = [1.0] * len(sets)
+        total = sum(weights)
         return ((chosen, weight / total) for chosen, weight in zip(sets, weights, strict=True) if weight)
     draw = random.Random(0)
     return ((_draw(draw, load, top_k, batch), 1 / _DRAWS) for _ in range(_DRAWS))

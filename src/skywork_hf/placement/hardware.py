@@ -119,8 +119,10 @@ def devices_of(max_memory: dict[Any, Any] | None, bandwidth: dict[Any, float] | 
         ValueError: a size, a device or a card that cannot be understood.
     """
     given = get_max_memory() if max_memory is None else max_memory
-    given_bandwidth = {_key(key): _speed(key, value) for key, value in (bandwidth or {}).items()}
-    devices = [_device(_key(key), value, given_bandwidth) for key, value in given.items()]
+    given_bandwidth = {device_key(key): _speed(key, value) for key, value in (bandwidth or {}).items()}
+    devices = [_device(device_key(key), value, given_bandwidth) for key, value in given.items()]
+    if len({device.key for device in devices}) < len(devices):
+        raise ValueError(f"`max_memory` names a device twice: {', '.join(map(str, given))}.")
     if unknown := given_bandwidth.keys() - {device.key for device in devices}:
         raise ValueError(f"`bandwidth` names {sorted(map(str, unknown))}, which `max_memory` does not have.")
     order = {CPU: 1, DISK: 2}
@@ -128,7 +130,8 @@ def devices_of(max_memory: dict[Any, Any] | None, bandwidth: dict[Any, float] | 
     return sorted(devices, key=lambda device: (order.get(str(device.key), 0), str(device.key).rjust(8)))
 
 
-def _key(key: Any) -> int | str:
+def device_key(key: Any) -> int | str:
+    """A device as plans call it: "cuda:1" is 1."""
     text = str(key).removeprefix("cuda:")
     if text.isdigit():
         return int(text)
@@ -144,7 +147,7 @@ def _device(key: int | str, value: Any, bandwidth: dict[int | str, float]) -> De
     if key in (CPU, DISK):
         return Device(key, "", _bytes(key, value), bandwidth.get(key), False)
     named = _find_card(value) if isinstance(value, str) else None
-    if named is None and isinstance(value, str) and not value[:1].isdigit():
+    if named is None and isinstance(value, str) and not re.match(r"[-+.\d]", value):
         card(value)  # says which names are known
     here = _card_here(key)
     name, spec = (named, CARDS[named]) if named else here
@@ -163,7 +166,7 @@ def _speed(key: Any, value: float) -> float:
 def _bytes(key: int | str, value: Any) -> int:
     try:
         size = int(convert_file_size_to_int(value) if isinstance(value, str) else value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise ValueError(f"`max_memory` of {key!r} is {value!r}: expected bytes, or a size as '22GiB'.") from None
     if size < 0:
         raise ValueError(f"`max_memory` of {key!r} is {value!r}: expected a size of at least 0.")
@@ -205,7 +208,10 @@ def device_like(name: str, gpus: list[Device]) -> Device:
     Raises:
         ValueError: the name is of no known card and is no size.
     """
-    new = _device(-1, name, {})
+    try:
+        new = _device(-1, name, {})
+    except ValueError as error:
+        raise ValueError(str(error).replace("`max_memory` of -1", "The card")) from None
     if new.name or not gpus:
         return new
     return Device(-1, gpus[0].name, new.budget, gpus[0].bandwidth, gpus[0].has_fp8_unit)

@@ -146,7 +146,8 @@ class _Placer:
         if CPU in dense:
             left = self._room(CPU, True, streams) if CPU in self.devices else 0
             if used[CPU] > left:
-                raise DoesNotFit(used[CPU] - left)
+                experts = sum(len(layer.experts) for layer in self.moe_layers) * self.expert_sizes[CPU]
+                raise DoesNotFit(used[CPU] - left + experts)
         return dense, used
 
     def _place_experts(self, dense: list[Key], used: dict[Key, int], streams: bool) -> list[list[Key]]:

@@ -14,7 +14,7 @@ from .hardware import CPU, GIB, Device, device_like
 from .placer import Placement, place
 from .precision import PLAIN
 from .request import Request
-from .spread import Key
+from .spread import DoesNotFit, Key
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class PlacementPlan:
     @property
     def bytes_read_per_token(self) -> dict[Key, float]:
         """By device, what decoding a token reads there on average: weights, and the cache when it is full."""
-        return self.placement.reading.nbytes
+        read = self.placement.reading.nbytes
+        return {key: amount / self.request.batch_size for key, amount in read.items()}
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -98,10 +99,15 @@ class PlacementPlan:
             card: the name of a known card, as "rtx3090", or a size as "24GiB" of a card as fast as the first GPU.
 
         Raises:
-            ValueError: no such card is known.
+            ValueError: no such card is known, or with it the weights cannot stay where they are.
         """
         more = self.request.with_gpus(device_like(card, self.request.gpus), 1)
-        return Comparison(card, self, PlacementPlan.of(more))
+        try:
+            return Comparison(card, self, PlacementPlan.of(more))
+        except DoesNotFit as error:  # as bitsandbytes' weights, which cannot stay on the CPU beside a GPU
+            raise ValueError(
+                f"With a {card} the model no longer fits: {error.shortfall / GIB:.4g} GiB are missing on GPUs."
+            ) from None
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""

@@ -50,8 +50,7 @@ def plan_device_map(
         max_memory: all that may be used on each device, as accelerate writes it: `{0: "22GiB", "cpu": "96GiB"}`. The
             name of a card (`{0: "rtx4090"}`) stands for all of its memory, and tells its bandwidth and whether it has
             an FP8 unit. None is what is free now on the devices of this machine. Weights on the CPU stay mapped from
-            safetensors files, so "cpu" may be more than the RAM; `{"disk": ...}` takes what remains by accelerate's
-            offload.
+            safetensors files, so "cpu" may be more than the RAM; `{"disk": ...}` takes the experts that remain.
         quantization: None for what the checkpoint is; "fp8", "int8", "bnb-int8", "nf4", "bf16", "fp16" or "fp32"; such
             names by device, as in `{"gpu": "fp8", "cpu": "int8"}`; or a `quantization_config` of `from_pretrained`.
         context_tokens: tokens of a sequence, prompt and answer; the cache of all of them, and a prompt as long, are
@@ -75,7 +74,7 @@ def plan_device_map(
         ValueError: it does not fit: says how many GiB are missing and what would make it fit. Or an argument is wrong.
     """
     config = model if isinstance(model, PreTrainedConfig) else AutoConfig.from_pretrained(model, **config_options)
-    _check(config, strategy, context_tokens, batch_size)
+    _check(config, strategy, context_tokens, batch_size, stream_from_rows)
     devices = devices_of(max_memory, bandwidth)
     usage = ExpertUsage.load(expert_usage) if isinstance(expert_usage, str | Path) else expert_usage
     request = Request(
@@ -102,12 +101,15 @@ def _name(model: str | Path) -> str:
     return Path(model).name if Path(model).is_dir() else str(model)
 
 
-def _check(config: Any, strategy: str, context_tokens: int | None, batch_size: int) -> None:
+def _check(
+    config: Any, strategy: str, context_tokens: int | None, batch_size: int, stream_from_rows: int | None
+) -> None:
     if not isinstance(config, SkyworkConfig | SkyworkMoeConfig):
         raise ValueError(f"`model` is of type {config.model_type!r}: expected a Skywork model.")
     if strategy not in STRATEGIES:
         raise ValueError(f"`strategy`={strategy!r}: expected one of {', '.join(STRATEGIES)}.")
-    for name, value in (("context_tokens", context_tokens), ("batch_size", batch_size)):
+    counts = {"context_tokens": context_tokens, "batch_size": batch_size, "stream_from_rows": stream_from_rows}
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"`{name}`={value}: expected at least 1.")
     if strategy == "experts" and getattr(config, "experts_layout", None) == "fused":

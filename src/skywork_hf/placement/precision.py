@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 from ..configuration_skywork import FP8_METHOD
 from ..quantization.config import ALL, INT8_METHOD, WITHOUT_FP8, SkyworkFp8Config, SkyworkInt8Config
-from .hardware import CPU, DISK, Device
+from .hardware import CPU, DISK, Device, device_key
 
 PLAIN = ""
 BITSANDBYTES = ("bnb-int8", "nf4", "nf4-double")
@@ -28,6 +28,7 @@ class Precision:
             "nf4-double", or "" for `dtype`.
         config: the `quantization_config` that `from_pretrained` is to be given; None where it needs none.
         quantises: whether 16-bit weights are quantised while they load.
+        modules_to_not_convert: what stays in `dtype`, as the checkpoint or the asked-for config says.
         rewrites: whether weights are loaded as something else than the files hold, so that on disk there would
             have to be copies.
     """
@@ -37,10 +38,7 @@ class Precision:
     config: Any
     quantises: bool
     rewrites: bool
-
-    @property
-    def modules_to_not_convert(self) -> list[str] | None:
-        return getattr(self.config, "modules_to_not_convert", getattr(self.config, "llm_int8_skip_modules", None))
+    modules_to_not_convert: list[str] | None
 
 
 def precision_of(
@@ -57,6 +55,7 @@ def precision_of(
     Raises:
         ValueError: a name that is unknown, or a mixture or change that no quantiser makes.
     """
+    quantization = _by_key(quantization)
     saved = _as_object(getattr(config, "quantization_config", None))
     if isinstance(quantization, str) and quantization in PLAIN_NAMES:
         dtype, quantization = PLAIN_NAMES[quantization], None
@@ -70,15 +69,39 @@ def precision_of(
     override = _explicit(asked, methods)
     quantises = asked is not None and saved is None
     rewrites = quantises or getattr(asked, "int8_devices", None) is not None
-    return Precision(_dtype(config, dtype), methods, override, quantises, rewrites)
+    kept = _modules_to_not_convert(asked if quantises else saved)
+    return Precision(_dtype(config, dtype), methods, override, quantises, rewrites, kept)
+
+
+def _modules_to_not_convert(config: Any) -> list[str] | None:
+    return getattr(config, "modules_to_not_convert", getattr(config, "llm_int8_skip_modules", None))
+
+
+def _by_key(quantization: Any) -> Any:
+    """A dict of names by device under the devices' keys; one name where all are the same."""
+    if not isinstance(quantization, dict) or "quant_method" in quantization:
+        return quantization
+    if not all(isinstance(name, str) for name in quantization.values()):
+        return quantization
+    names = {key if key == "gpu" else device_key(key): name for key, name in quantization.items()}
+    return next(iter(names.values())) if len(set(names.values())) == 1 and {"gpu", CPU} <= names.keys() else names
 
 
 def _as_object(quantization: Any) -> Any:
     if not isinstance(quantization, dict):
         return quantization
+    if "quant_method" not in quantization and (quantization.get("load_in_8bit") or quantization.get("load_in_4bit")):
+        return BitsAndBytesConfig.from_dict(quantization)  # older files do not name the method
     method = quantization.get("quant_method")
-    classes: dict[Any, Any] = {FP8_METHOD: SkyworkFp8Config, INT8_METHOD: SkyworkInt8Config}
-    return classes.get(method, BitsAndBytesConfig).from_dict(quantization)
+    classes: dict[Any, Any] = {
+        "fp8": SkyworkFp8Config,
+        FP8_METHOD: SkyworkFp8Config,
+        INT8_METHOD: SkyworkInt8Config,
+        "bitsandbytes": BitsAndBytesConfig,
+    }
+    if method not in classes:
+        raise ValueError(f"`quant_method`={method!r} cannot be planned; expected one of {', '.join(classes)}.")
+    return classes[method].from_dict(quantization)
 
 
 def _from_names(quantization: Any, devices: list[Device], saved: Any) -> Any:
@@ -161,5 +184,8 @@ def _explicit(asked: Any, methods: dict[int | str, str]) -> Any:
 
 def _dtype(config: PreTrainedConfig, dtype: torch.dtype | str | None) -> torch.dtype:
     found = getattr(config, "dtype", None) if dtype in (None, "auto") else dtype
-    found = getattr(torch, found, None) if isinstance(found, str) else found
+    if isinstance(found, str):
+        found = PLAIN_NAMES.get(found, getattr(torch, found, None))
+    if not isinstance(found, torch.dtype | None) or (found is None and dtype not in (None, "auto")):
+        raise ValueError(f"`dtype`={dtype!r}: expected one of bfloat16, float16, float32.")
     return found or torch.bfloat16

@@ -123,17 +123,21 @@ def _look_at(name: str, expert: Any, model: Any, plan: PlacementPlan | None, rep
     dtypes = "+".join(sorted({str(linear.weight.dtype).removeprefix("torch.") for linear in linears.values()}))
     kernel = "+".join(sorted({kernel_of(linear, model.dtype) for linear in linears.values()}))
     report.experts[key][dtypes, kernel] += 1
-    plain = [
-        path for path, linear in linears.items() if type(linear) is nn.Linear and _should_be_quantised(model, path)
-    ]
-    report.problems += [f"`{path}` was left in {dtypes}, where the model is quantised." for path in plain]
+    plain = [path for path, linear in linears.items() if type(linear) is nn.Linear]
+    forgotten = [path for path in plain if _should_be_quantised(model, path)]
+    report.problems += [f"`{path}` was left in {dtypes}, where the model is quantised." for path in forgotten]
     if plan is None:
         return
     planned = plan.device_map.get(name, key)
     if planned != key:
         report.problems.append(f"`{name}` is on {key!r}, planned on {planned!r}.")
-    elif key != DISK and not plain and kernel not in plan.kernel(key).split("/"):
+    elif key != DISK and not _keeps(model, plain) and kernel not in plan.kernel(key).split("/"):
         report.problems.append(f"`{name}` runs {kernel} on {key!r}, where {plan.kernel(key)} was planned.")
+
+
+def _keeps(model: Any, plain: list[str]) -> bool:
+    """Whether these linears of a quantised model are plain because its config says so."""
+    return bool(plain) and getattr(model, "hf_quantizer", None) is not None
 
 
 def _should_be_quantised(model: Any, path: str) -> bool:

@@ -34,10 +34,10 @@ def spread_dense(count: int, size: Size, gpus: Sequence[Device], room: Mapping[K
     """
     tiers = _speed_tiers(gpus)
     for used in range(1, len(tiers) + 1):
-        keys = [gpu.key for tier in tiers[:used] for gpu in tier]
-        if (placed := _level_fill(count, size, keys, room)) is not None:
+        faster = [gpu.key for tier in tiers[: used - 1] for gpu in tier]
+        if (placed := _level_fill(count, size, faster, [gpu.key for gpu in tiers[used - 1]], room)) is not None:
             return placed
-    placed = _fill(count, size, [gpu.key for tier in tiers for gpu in tier], room, 1.0)
+    placed = _fill(count, size, [(gpu.key, room[gpu.key]) for tier in tiers for gpu in tier])
     return placed + [CPU] * (count - len(placed))
 
 
@@ -54,35 +54,41 @@ def _speed_tiers(gpus: Sequence[Device]) -> list[list[Device]]:
     return tiers
 
 
-def _level_fill(count: int, size: Size, keys: Sequence[Key], room: Mapping[Key, int]) -> list[Key] | None:
-    """The lowest level to which all GPUs can be filled so that everything has a place; None where there is none."""
+def _level_fill(
+    count: int, size: Size, faster: Sequence[Key], last: Sequence[Key], room: Mapping[Key, int]
+) -> list[Key] | None:
+    """Faster GPUs full, and the lowest level to which the last tier's can be filled so that everything has a place;
+    None where there is none."""
+
+    def filled(level: float) -> list[Key] | None:
+        limits = [(key, room[key]) for key in faster] + [(key, int(level * room[key])) for key in last]
+        placed = _fill(count, size, limits)
+        return placed if len(placed) == count else None
+
     low, high = 0.0, 1.0
-    best = _fill(count, size, keys, room, high)
-    if len(best) < count:
-        return None
-    for _ in range(30):
+    best = filled(high)
+    for _ in range(30 if best else 0):
         middle = (low + high) / 2
-        placed = _fill(count, size, keys, room, middle)
-        if len(placed) == count:
+        if placed := filled(middle):
             best, high = placed, middle
         else:
             low = middle
     return best
 
 
-def _fill(count: int, size: Size, keys: Sequence[Key], room: Mapping[Key, int], level: float) -> list[Key]:
-    """Fill GPU after GPU to `level` of its room; stops at the first part that has no place."""
+def _fill(count: int, size: Size, limits: Sequence[tuple[Key, int]]) -> list[Key]:
+    """Fill GPU after GPU up to its limit; stops at the first part that has no place."""
     placed: list[Key] = []
-    remaining = list(keys)
+    remaining = list(limits)
     used = 0
     for part in range(count):
-        while remaining and used + size(part, remaining[0]) > level * max(0, room[remaining[0]]):
+        while remaining and used + size(part, remaining[0][0]) > remaining[0][1]:
             remaining.pop(0)
             used = 0
         if not remaining:
             break
-        used += size(part, remaining[0])
-        placed.append(remaining[0])
+        used += size(part, remaining[0][0])
+        placed.append(remaining[0][0])
     return placed
 
 
