@@ -1,294 +1,613 @@
-"""Megatron-LM checkpoints, written here by rank as that program does, become the Hub's bit for bit."""
+"""Megatron-LM checkpoints, written here from Hub tensors, give these back bit for bit; broken ones are refused."""
 
 from __future__ import annotations
 
-from argparse import Namespace
+import argparse
+import re
+import shutil
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny import checkpoint, golden, tiny_dense_config, tiny_moe_config
-from transformers import AutoModelForCausalLM
+from tiny import checkpoint, golden, tiny_dense_config, tiny_moe_config, tokens
 
-from skywork_hf import SkyworkForCausalLM, SkyworkMoeForCausalLM
-from skywork_hf.checkpoints.comparison import compare_checkpoints
-from skywork_hf.checkpoints.convert import convert_checkpoint
+from skywork_hf import SkyworkConfig, SkyworkForCausalLM, SkyworkMoeConfig, SkyworkMoeForCausalLM
+from skywork_hf.checkpoints.megatron import is_megatron, read_megatron
+from skywork_hf.checkpoints.readers import Reader
+
+GOLDEN = {"skywork-13b-tiny": SkyworkForCausalLM, "skywork-moe-tiny": SkyworkMoeForCausalLM}
+TOLERANCE = 2e-5
+CORE, LEGACY = "core", "legacy"
+
+# --- the writer: what Megatron-LM's ranks would have saved
 
 
-def write_megatron(
-    folder: Path, model: Any, /, tree: str, tp: int = 1, stages: tuple[int, ...] = (0,), ep: int = 1, **changes: Any
-) -> Path:
-    """Write a Hub model as Megatron-LM would.
+def hub_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        tensors.update(load_file(file))
+    for file in sorted(folder.glob("pytorch_model*.bin")):
+        tensors.update(torch.load(file, weights_only=True))
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith("inv_freq")}
+
+
+def slice_rows(tensor: torch.Tensor, tp: int, rank: int) -> torch.Tensor:
+    step = tensor.shape[0] // tp
+    return tensor[rank * step : (rank + 1) * step].clone()
+
+
+def slice_columns(tensor: torch.Tensor, tp: int, rank: int) -> torch.Tensor:
+    step = tensor.shape[1] // tp
+    return tensor[:, rank * step : (rank + 1) * step].clone()
+
+
+def pad_vocabulary(tensor: torch.Tensor, tp: int) -> torch.Tensor:
+    divisor = 128 * tp
+    rows = (tensor.shape[0] + divisor - 1) // divisor * divisor
+    return torch.cat([tensor, torch.full((rows - tensor.shape[0], tensor.shape[1]), 7.0, dtype=tensor.dtype)])
+
+
+def interleave(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """One key/value head after the other: its queries, its key, its value."""
+    rows = []
+    size = k.shape[0] // kv_heads
+    queries = q.shape[0] // kv_heads
+    for head in range(kv_heads):
+        rows.append(q[head * queries : (head + 1) * queries])
+        rows.append(k[head * size : (head + 1) * size])
+        rows.append(v[head * size : (head + 1) * size])
+    return torch.cat(rows)
+
+
+class Writer:
+    """Writes a Hub state dict as the ranks of a Megatron-LM run.
 
     Args:
-        tree: "legacy" or "core".
-        tp: tensor-parallel ranks.
-        stages: the number of layers in each pipeline stage; (0,) for all in one.
-        ep: expert-parallel ranks.
-        changes: of the content of each file.
+        stages: the number of layers in each pipeline stage.
+        fused_norms: put norms into the linears after them, as Megatron-Core does with Transformer Engine.
+        args: arguments of the run that replace or join the usual ones; None removes one.
     """
-    config = model.config
-    counts = stages if sum(stages) else (config.num_hidden_layers,)
-    (folder / "iter_0000007").mkdir(parents=True)
-    (folder / "latest_checkpointed_iteration.txt").write_text("7")
-    for rank in range(tp):
-        for stage in range(len(counts)):
-            for expert_rank in range(ep):
-                name = f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if len(counts) > 1 else "")
-                name += f"_{expert_rank:03d}" if ep > 1 else ""
-                tensors = rank_tensors(model, tree, (rank, tp), (stage, counts), (expert_rank, ep))
-                content = {
-                    "args": arguments(config, tp, len(counts), ep),
-                    "checkpoint_version": 3.0,
-                    "iteration": 7,
-                    "model": legacy_tree(tensors) if tree == "legacy" else OrderedDict(tensors),
-                    "optimizer": {"state": [torch.ones(3)]},
-                    **changes,
-                }
-                (folder / "iter_0000007" / name).mkdir()
-                torch.save(content, folder / "iter_0000007" / name / "model_optim_rng.pt")
-    return folder
+
+    def __init__(
+        self,
+        tensors: dict[str, torch.Tensor],
+        config: Any,
+        layout: str = CORE,
+        tp: int = 1,
+        stages: list[int] | None = None,
+        ep: int = 1,
+        fused_norms: bool = True,
+        encoder: str = "encoder",
+        args: dict[str, Any] | None = None,
+        version: float | None = 3.0,
+    ) -> None:
+        self.tensors, self.config, self.layout, self.tp, self.ep = tensors, config, layout, tp, ep
+        self.stages = stages or [config.num_hidden_layers]
+        self.fused_norms, self.encoder, self.version = fused_norms, encoder, version
+        self.args = {**self._usual_args(), **(args or {})}
+
+    def _usual_args(self) -> dict[str, Any]:
+        config = self.config
+        usual = {
+            "tensor_model_parallel_size": self.tp,
+            "pipeline_model_parallel_size": len(self.stages),
+            "hidden_size": config.hidden_size,
+            "ffn_hidden_size": config.intermediate_size,
+            "num_layers": config.num_hidden_layers,
+            "num_attention_heads": config.num_attention_heads,
+            "group_query_attention": config.num_key_value_heads != config.num_attention_heads,
+            "num_query_groups": config.num_key_value_heads,
+            "norm_epsilon": config.rms_norm_eps,
+            "rotary_base": int(config.rope_parameters["rope_theta"]),
+            "max_position_embeddings": config.max_position_embeddings,
+            "vocab_size": config.vocab_size,
+            "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
+            "params_dtype": torch.float32,
+            "position_embedding_type": "rope",
+            "apply_layernorm_1p": False,
+            "normalization": "RMSNorm",
+            "swiglu": True,
+        }
+        if isinstance(config, SkyworkMoeConfig):
+            usual |= {"num_experts": config.num_local_experts, "moe_router_topk": config.num_experts_per_tok}
+            usual["expert_model_parallel_size"] = self.ep
+        return usual
+
+    def write(self, run: Path, iteration: int | str = 40) -> Path:
+        run.mkdir(parents=True, exist_ok=True)
+        name = iteration if isinstance(iteration, str) else f"iter_{iteration:07d}"
+        (run / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+        for tp in range(self.tp):
+            for pp in range(len(self.stages)):
+                for ep in range(self.ep):
+                    folder = run / name / self.folder(tp, pp, ep)
+                    folder.mkdir(parents=True)
+                    torch.save(self.content(tp, pp, ep, iteration), folder / "model_optim_rng.pt")
+        return run / name
+
+    def folder(self, tp: int, pp: int, ep: int) -> str:
+        parts = [f"mp_rank_{tp:02d}"]
+        if len(self.stages) > 1:
+            parts.append(f"{pp:03d}")
+        if self.ep > 1:
+            parts.append(f"{ep:03d}")
+        return "_".join(parts)
+
+    def content(self, tp: int, pp: int, ep: int, iteration: Any) -> dict[str, Any]:
+        model = self.legacy(tp, pp) if self.layout == LEGACY else self.core(tp, pp, ep)
+        args = argparse.Namespace(**{name: value for name, value in self.args.items() if value is not None})
+        optimizer = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.95)}]}
+        scheduler = {"max_lr": 1e-4, "num_steps": 40}
+        content = {"args": args, "iteration": iteration, "model": model, "optimizer": optimizer}
+        content["opt_param_scheduler"] = scheduler
+        if self.version is not None:
+            content["checkpoint_version"] = self.version
+        return content
+
+    def layers(self, pp: int) -> range:
+        first = sum(self.stages[:pp])
+        return range(first, first + self.stages[pp])
+
+    def vocabulary(self, name: str, tp: int) -> torch.Tensor:
+        return slice_rows(pad_vocabulary(self.tensors[name], self.tp), self.tp, tp)
+
+    def qkv(self, layer: int, tp: int) -> torch.Tensor:
+        q, k, v = (self.tensors[f"model.layers.{layer}.self_attn.{part}_proj.weight"] for part in "qkv")
+        return slice_rows(interleave(q, k, v, self.config.num_key_value_heads), self.tp, tp)
+
+    def columns(self, name: str, tp: int) -> torch.Tensor:
+        return slice_columns(self.tensors[name], self.tp, tp)
+
+    def gate_up(self, gate: str, up: str, tp: int) -> torch.Tensor:
+        return torch.cat([slice_rows(self.tensors[name], self.tp, tp) for name in (gate, up)])
+
+    def legacy(self, tp: int, pp: int) -> dict[str, Any]:
+        encoder: dict[str, torch.Tensor] = OrderedDict()
+        newer = self.encoder == "encoder"
+        for local, layer in enumerate(self.layers(pp)):
+            hub, at = f"model.layers.{layer}", f"layers.{local}"
+            attention = "self_attention" if newer else "attention"
+            encoder[f"{at}.{'input_norm' if newer else 'input_layernorm'}.weight"] = self.tensors[
+                f"{hub}.input_layernorm.weight"
+            ]
+            encoder[f"{at}.{attention}.query_key_value.weight"] = self.qkv(layer, tp)
+            encoder[f"{at}.{attention}.dense.weight"] = self.columns(f"{hub}.self_attn.o_proj.weight", tp)
+            encoder[f"{at}.{'post_attention_norm' if newer else 'post_attention_layernorm'}.weight"] = self.tensors[
+                f"{hub}.post_attention_layernorm.weight"
+            ]
+            gate_up = self.gate_up(f"{hub}.mlp.gate_proj.weight", f"{hub}.mlp.up_proj.weight", tp)
+            encoder[f"{at}.mlp.dense_h_to_4h.weight"] = gate_up
+            encoder[f"{at}.mlp.dense_4h_to_h.weight"] = self.columns(f"{hub}.mlp.down_proj.weight", tp)
+        model: dict[str, Any] = {"language_model": {self.encoder: encoder}}
+        last, tied = pp == len(self.stages) - 1, self.config.tie_word_embeddings
+        if pp == 0:
+            table = self.vocabulary("model.embed_tokens.weight", tp)
+            model["language_model"]["embedding"] = {"word_embeddings": {"weight": table}}
+        if last:
+            encoder["final_norm.weight" if newer else "final_layernorm.weight"] = self.tensors["model.norm.weight"]
+        if last and not tied:
+            model["language_model"]["output_layer"] = {"weight": self.vocabulary("lm_head.weight", tp)}
+        if last and tied and pp > 0:
+            model["word_embeddings_for_head"] = {"weight": self.vocabulary("model.embed_tokens.weight", tp)}
+        return model
+
+    def core(self, tp: int, pp: int, ep: int) -> dict[str, Any]:
+        model: dict[str, Any] = OrderedDict()
+        if pp == 0:
+            model["embedding.word_embeddings.weight"] = self.vocabulary("model.embed_tokens.weight", tp)
+            model["rotary_pos_emb.inv_freq"] = torch.ones(2)
+        for local, layer in enumerate(self.layers(pp)):
+            self.core_layer(model, f"decoder.layers.{local}", layer, tp, ep)
+        if pp == len(self.stages) - 1:
+            model["decoder.final_layernorm.weight"] = self.tensors["model.norm.weight"]
+            model["decoder.final_layernorm._extra_state"] = None
+            if not self.config.tie_word_embeddings:
+                model["output_layer.weight"] = self.vocabulary("lm_head.weight", tp)
+            elif pp > 0:
+                model["output_layer.weight"] = self.vocabulary("model.embed_tokens.weight", tp)
+        return model
+
+    def core_layer(self, model: dict[str, Any], at: str, layer: int, tp: int, ep: int) -> None:
+        hub = f"model.layers.{layer}"
+        moe = f"{hub}.block_sparse_moe.gate.weight" in self.tensors
+        norm = "self_attention.linear_qkv.layer_norm_weight" if self.fused_norms else "input_layernorm.weight"
+        model[f"{at}.{norm}"] = self.tensors[f"{hub}.input_layernorm.weight"]
+        model[f"{at}.self_attention.linear_qkv.weight"] = self.qkv(layer, tp)
+        model[f"{at}.self_attention.linear_qkv._extra_state"] = torch.zeros(5, dtype=torch.uint8)
+        model[f"{at}.self_attention.linear_proj.weight"] = self.columns(f"{hub}.self_attn.o_proj.weight", tp)
+        norm = "mlp.linear_fc1.layer_norm_weight" if self.fused_norms and not moe else "pre_mlp_layernorm.weight"
+        model[f"{at}.{norm}"] = self.tensors[f"{hub}.post_attention_layernorm.weight"]
+        if moe:
+            self.core_experts(model, f"{at}.mlp", f"{hub}.block_sparse_moe", tp, ep)
+            return
+        gate_up = self.gate_up(f"{hub}.mlp.gate_proj.weight", f"{hub}.mlp.up_proj.weight", tp)
+        model[f"{at}.mlp.linear_fc1.weight"] = gate_up
+        model[f"{at}.mlp.linear_fc2.weight"] = self.columns(f"{hub}.mlp.down_proj.weight", tp)
+
+    def core_experts(self, model: dict[str, Any], at: str, hub: str, tp: int, ep: int) -> None:
+        model[f"{at}.router.weight"] = self.tensors[f"{hub}.gate.weight"]
+        count = self.config.num_local_experts // self.ep
+        for local in range(count):
+            expert, mine = f"{hub}.experts.{ep * count + local}", f"{at}.experts.local_experts.{local}"
+            model[f"{mine}.linear_fc1.weight"] = self.gate_up(f"{expert}.w1.weight", f"{expert}.w3.weight", tp)
+            model[f"{mine}.linear_fc2.weight"] = self.columns(f"{expert}.w2.weight", tp)
 
 
-def arguments(config: Any, tp: int, pp: int, ep: int) -> Namespace:
-    return Namespace(
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=config.intermediate_size,
-        num_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        group_query_attention=config.num_key_value_heads != config.num_attention_heads,
-        num_query_groups=config.num_key_value_heads,
-        vocab_size=config.vocab_size,
-        norm_epsilon=config.rms_norm_eps,
-        rotary_base=10000,
-        max_position_embeddings=config.max_position_embeddings,
-        untie_embeddings_and_output_weights=not config.tie_word_embeddings,
-        num_experts=getattr(config, "num_local_experts", None),
-        moe_router_topk=getattr(config, "num_experts_per_tok", None),
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        expert_model_parallel_size=ep,
-    )
+# --- reading it back
 
 
-def rank_tensors(model: Any, tree: str, tensor: Any, pipeline: Any, expert: Any) -> dict[str, torch.Tensor]:
-    """One rank's tensors under core names (legacy's are made of these)."""
-    (rank, tp), (stage, counts), (expert_rank, ep) = tensor, pipeline, expert
-    config, weights = model.config, model.state_dict()
-    first = sum(counts[:stage])
-    out: dict[str, torch.Tensor] = {}
-
-    def padded(name: str) -> torch.Tensor:
-        rows = -(-config.vocab_size // (128 * tp)) * 128 * tp
-        whole = torch.full((rows, config.hidden_size), 7.0)
-        whole[: config.vocab_size] = weights[name]
-        return whole.chunk(tp)[rank].clone()
-
-    def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return torch.cat([gate.chunk(tp)[rank], up.chunk(tp)[rank]])
-
-    if stage == 0:
-        out["embedding.word_embeddings.weight"] = padded("model.embed_tokens.weight")
-    for local in range(counts[stage]):
-        hub, mega = f"model.layers.{first + local}.", f"decoder.layers.{local}."
-        attention = {part: weights[f"{hub}self_attn.{part}_proj.weight"] for part in "qkvo"}
-        keys, head = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-        groups = [attention[part].view(keys, -1, head, config.hidden_size) for part in "qkv"]
-        fused = torch.cat(groups, dim=1).chunk(tp)[rank]
-        out[f"{mega}self_attention.linear_qkv.weight"] = fused.reshape(-1, config.hidden_size).clone()
-        out[f"{mega}self_attention.linear_proj.weight"] = attention["o"].chunk(tp, dim=1)[rank].clone()
-        out[f"{mega}self_attention.linear_qkv._extra_state"] = torch.zeros(3, dtype=torch.uint8)
-        norms = weights[f"{hub}input_layernorm.weight"], weights[f"{hub}post_attention_layernorm.weight"]
-        is_moe = f"{hub}block_sparse_moe.gate.weight" in weights
-        inside = tree == "core" and not is_moe  # as Transformer Engine's layers have them
-        out[f"{mega}self_attention.linear_qkv.layer_norm_weight" if inside else f"{mega}input_layernorm.weight"] = (
-            norms[0]
-        )
-        out[f"{mega}mlp.linear_fc1.layer_norm_weight" if inside else f"{mega}pre_mlp_layernorm.weight"] = norms[1]
-        if not is_moe:
-            gate, up, down = (weights[f"{hub}mlp.{part}_proj.weight"] for part in ("gate", "up", "down"))
-            out[f"{mega}mlp.linear_fc1.weight"] = swiglu(gate, up)
-            out[f"{mega}mlp.linear_fc2.weight"] = down.chunk(tp, dim=1)[rank].clone()
-            continue
-        out[f"{mega}mlp.router.weight"] = weights[f"{hub}block_sparse_moe.gate.weight"]
-        per_rank = config.num_local_experts // ep
-        for number in range(per_rank):
-            path = f"{hub}block_sparse_moe.experts.{expert_rank * per_rank + number}"
-            w1, w2, w3 = (weights[f"{path}.w{n}.weight"] for n in (1, 2, 3))
-            out[f"{mega}mlp.experts.local_experts.{number}.linear_fc1.weight"] = swiglu(w1, w3)
-            out[f"{mega}mlp.experts.local_experts.{number}.linear_fc2.weight"] = w2.chunk(tp, dim=1)[rank].clone()
-    if stage == len(counts) - 1:
-        out["decoder.final_layernorm.weight"] = weights["model.norm.weight"]
-        if not config.tie_word_embeddings:
-            out["output_layer.weight"] = padded("lm_head.weight")
-    return out
+def read_values(source: Any) -> dict[str, torch.Tensor]:
+    reader = Reader()
+    values = {}
+    for recipe in source.recipes:
+        made = recipe.values([reader.read(tensor) for tensor in recipe.sources])
+        for product, value in zip(recipe.products, made, strict=True):
+            assert (product.dtype, product.shape) == (value.dtype, tuple(value.shape)), product.name
+            values[product.name] = value
+    return values
 
 
-LEGACY_NAMES = {
-    "self_attention.linear_qkv.weight": "self_attention.query_key_value.weight",
-    "self_attention.linear_proj.weight": "self_attention.dense.weight",
-    "mlp.linear_fc1.weight": "mlp.dense_h_to_4h.weight",
-    "mlp.linear_fc2.weight": "mlp.dense_4h_to_h.weight",
-    "input_layernorm.weight": "input_norm.weight",
-    "pre_mlp_layernorm.weight": "post_attention_norm.weight",
-}
-
-
-def legacy_tree(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    encoder: dict[str, torch.Tensor] = {}
-    tree: dict[str, Any] = {"encoder": encoder}
+def assert_bits(source: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    values = read_values(source)
+    assert values.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        if name.startswith("embedding."):
-            tree["embedding"] = {"word_embeddings": {"weight": tensor}}
-        elif name.startswith("output_layer."):
-            tree["output_layer"] = {"weight": tensor}
-        elif name == "decoder.final_layernorm.weight":
-            encoder["final_norm.weight"] = tensor
-        elif not name.endswith("_extra_state"):
-            _, layers, number, rest = name.split(".", 3)
-            encoder[f"{layers}.{number}.{LEGACY_NAMES[rest]}"] = tensor
-    return {"language_model": tree}
+        assert values[name].dtype == tensor.dtype, name
+        assert torch.equal(values[name], tensor), name
+    return values
 
 
-def assert_converts(model: Any, folder: Path, **options: Any) -> Path:
-    converted = convert_checkpoint(folder / "megatron", folder / "hub", **options)
-    written = {k: v for f in converted.glob("*.safetensors") for k, v in load_file(f).items()}
-    expected = model.state_dict()
-    if model.config.tie_word_embeddings:
-        del expected["lm_head.weight"]
-    assert written.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(written[name], tensor), name
-    return converted
+def dense(**changes: Any) -> tuple[Any, dict[str, torch.Tensor], Any]:
+    return _random(SkyworkForCausalLM, tiny_dense_config(**changes))
 
 
-@pytest.mark.parametrize("tree", ["legacy", "core"])
-@pytest.mark.parametrize("tp", [1, 2, 4])
-@pytest.mark.parametrize("stages", [(0,), (2, 1), (1, 1, 1)])
-def test_dense(tree, tp, stages, tmp_path):
-    model = SkyworkForCausalLM(tiny_dense_config(num_hidden_layers=3))
-    write_megatron(tmp_path / "megatron", model, tree, tp, stages)
-    converted = assert_converts(model, tmp_path)
-    ids = torch.arange(3, 13).view(1, -1)
-    with torch.no_grad():
-        logits = AutoModelForCausalLM.from_pretrained(converted)(ids).logits
-        torch.testing.assert_close(logits, model.eval()(ids).logits, atol=1e-5, rtol=1e-5)
+def moe(**changes: Any) -> tuple[Any, dict[str, torch.Tensor], Any]:
+    return _random(SkyworkMoeForCausalLM, tiny_moe_config(**changes))
 
 
-@settings(max_examples=15, deadline=None)
-@given(
-    tp=st.sampled_from([1, 2, 4]),
-    stages=st.sampled_from([(0,), (1, 2), (2, 1)]),
-    ep=st.sampled_from([1, 2, 4]),
-    keys=st.sampled_from([4, 8]),
-    tied=st.booleans(),
-)
-def test_moe_over_all_ranks(tmp_path_factory, tp, stages, ep, keys, tied):
-    folder = tmp_path_factory.mktemp("moe")
-    config = tiny_moe_config(
-        num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=keys, tie_word_embeddings=tied
-    )
-    model = SkyworkMoeForCausalLM(config)
-    write_megatron(folder / "megatron", model, "core", tp, stages, ep)
-    assert_converts(model, folder)
+def _random(model_class: Any, config: Any) -> tuple[Any, dict[str, torch.Tensor], Any]:
+    """A config, its Hub tensors and the model; norms are random too, so that two of them cannot be swapped."""
+    model = model_class(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    return config, tensors, model
 
 
-DENSE, MOE = "skywork-13b-tiny", "skywork-moe-tiny"
-
-
-@pytest.mark.parametrize(("name", "tree"), [(DENSE, "legacy"), (DENSE, "core"), (MOE, "core")])
-@pytest.mark.parametrize(("tp", "pipeline"), [(1, False), (2, True), (4, True)])
-def test_golden_logits(name, tree, tp, pipeline, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(checkpoint(name), dtype=torch.float32)
-    stages = (1, model.config.num_hidden_layers - 1) if pipeline else (0,)
-    write_megatron(tmp_path / "megatron", model, tree, tp, stages)
-    converted = assert_converts(model, tmp_path, config=checkpoint(name) / "config.json")
+@torch.no_grad()
+def assert_golden(name: str, config: Any, values: dict[str, torch.Tensor]) -> None:
     rows = golden(name)
+    model = GOLDEN[name](config).eval()
+    model.load_state_dict(values)
     inputs = {key: rows[key] for key in ("input_ids", "attention_mask", "position_ids")}
-    with torch.no_grad():
-        logits = AutoModelForCausalLM.from_pretrained(converted)(**inputs).logits
-    assert (logits - rows["logits"])[rows["attention_mask"].bool()].abs().max() <= 2e-5
-    assert compare_checkpoints(checkpoint(name), tmp_path / "megatron" / "iter_0000007").is_equal
+    difference = (model(**inputs).logits - rows["logits"])[rows["attention_mask"].bool()].abs().max().item()
+    assert difference <= TOLERANCE
 
 
-def iteration(folder: Path, **options: Any) -> Path:
-    model = SkyworkForCausalLM(tiny_dense_config())
-    return write_megatron(folder / "megatron", model, "core", **{"tp": 2, **options}) / "iter_0000007"
+@torch.no_grad()
+def assert_same_logits(model: Any, config: Any, values: dict[str, torch.Tensor]) -> None:
+    again = type(model)(config).eval()
+    again.load_state_dict(values, strict=not config.tie_word_embeddings)
+    ids = tokens()
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=TOLERANCE, rtol=0)
 
 
-def change(file: Path, name: str, value: torch.Tensor | None) -> None:
-    with torch.serialization.safe_globals([Namespace]):
-        content = torch.load(file, weights_only=True)
-    if value is None:
-        del content["model"][name]
-    else:
-        content["model"][name] = value
+@pytest.mark.parametrize("config_from", ["args", "config.json"])
+@pytest.mark.parametrize(("stages", "tp"), [([3], 1), ([3], 4), ([2, 1], 2), ([1, 2], 4), ([1, 1, 1], 2)])
+@pytest.mark.parametrize("layout", [LEGACY, CORE])
+def test_golden_dense(layout, tp, stages, config_from, tmp_path):
+    name = "skywork-13b-tiny"
+    tensors, config = hub_tensors(checkpoint(name)), SkyworkConfig.from_pretrained(checkpoint(name))
+    Writer(tensors, config, layout, tp, stages).write(tmp_path)
+    source = read_megatron(tmp_path, config if config_from == "config.json" else None)
+    assert source.layout == "megatron"
+    assert source.folder == tmp_path
+    assert_golden(name, source.config, assert_bits(source, tensors))
+
+
+@pytest.mark.parametrize("config_from", ["args", "config.json"])
+@pytest.mark.parametrize(
+    ("tp", "stages", "ep"), [(1, [2], 1), (2, [2], 4), (4, [1, 1], 2), (1, [1, 1], 4), (2, [2], 1)]
+)
+def test_golden_moe(tp, stages, ep, config_from, tmp_path):
+    name = "skywork-moe-tiny"
+    tensors, config = hub_tensors(checkpoint(name)), SkyworkMoeConfig.from_pretrained(checkpoint(name))
+    Writer(tensors, config, CORE, tp, stages, ep).write(tmp_path)
+    source = read_megatron(tmp_path, config if config_from == "config.json" else None)
+    assert type(source.config) is SkyworkMoeConfig
+    assert_golden(name, source.config, assert_bits(source, tensors))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    layout=st.sampled_from([LEGACY, CORE]),
+    tp=st.sampled_from([1, 2, 4]),
+    stages=st.lists(st.integers(0, 3), min_size=1, max_size=3).filter(lambda stages: sum(stages) > 0),
+    heads=st.sampled_from([4, 8]),
+    kv_heads=st.sampled_from([1, 2, 4, 8]),
+    tied=st.booleans(),
+    fused_norms=st.booleans(),
+    encoder=st.sampled_from(["encoder", "transformer"]),
+)
+def test_dense_of_any_shape(tmp_path_factory, layout, tp, stages, heads, kv_heads, tied, fused_norms, encoder):
+    assume(heads % kv_heads == 0 and kv_heads % tp == 0)
+    config, tensors, model = dense(
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        num_hidden_layers=sum(stages),
+        tie_word_embeddings=tied,
+    )
+    run = tmp_path_factory.mktemp("run")
+    Writer(tensors, config, layout, tp, stages, fused_norms=fused_norms, encoder=encoder).write(run)
+    source = read_megatron(run)
+    assert source.config.tie_word_embeddings == tied
+    assert source.config.num_key_value_heads == kv_heads
+    assert_same_logits(model, source.config, assert_bits(source, tensors))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    tp=st.sampled_from([1, 2]),
+    stages=st.lists(st.integers(1, 2), min_size=1, max_size=3),
+    ep=st.sampled_from([1, 2, 4]),
+    local_experts=st.integers(1, 3),
+    interval=st.integers(1, 2),
+    kv_heads=st.sampled_from([2, 4]),
+    fused_norms=st.booleans(),
+)
+def test_moe_of_any_shape(tmp_path_factory, tp, stages, ep, local_experts, interval, kv_heads, fused_norms):
+    assume(ep * local_experts > 1 and sum(stages) >= interval)
+    config, tensors, model = moe(
+        num_experts=ep * local_experts,
+        num_key_value_heads=kv_heads,
+        num_hidden_layers=sum(stages),
+        moe_expert_interval=interval,
+    )
+    run = tmp_path_factory.mktemp("run")
+    Writer(tensors, config, CORE, tp, stages, ep, fused_norms=fused_norms).write(run)
+    source = read_megatron(run)
+    assert source.config.moe_expert_interval == interval
+    assert_same_logits(model, source.config, assert_bits(source, tensors))
+
+
+def test_recipes_are_in_the_models_order_and_read_each_rank_once(tmp_path):
+    config, tensors, _ = moe(moe_expert_interval=2)
+    Writer(tensors, config, CORE, tp=2, ep=2).write(tmp_path)
+    source = read_megatron(tmp_path)
+    order = list(SkyworkMoeForCausalLM(config).state_dict())
+    firsts = [order.index(recipe.products[0].name) for recipe in source.recipes]
+    assert firsts == sorted(firsts)
+    read = [tensor for recipe in source.recipes for tensor in recipe.sources]
+    assert len(read) == len(set(read))
+    names = {recipe.products[0].name: recipe for recipe in source.recipes}
+    qkv = names["model.layers.0.self_attn.q_proj.weight"]
+    assert [product.name[-13:-7] for product in qkv.products] == ["q_proj", "k_proj", "v_proj"]
+    assert {tensor.name for tensor in qkv.sources} == {"model/decoder.layers.0.self_attention.linear_qkv.weight"}
+    assert {tensor.file.parent.name for tensor in qkv.sources} == {"mp_rank_00_000", "mp_rank_01_000"}
+    ignored = {tensor.name.rpartition(".")[2] for tensor in source.ignored}
+    assert ignored == {"_extra_state", "inv_freq"}
+
+
+def test_where_it_lies(tmp_path):
+    config, tensors, _ = dense()
+    iteration = Writer(tensors, config, version=None).write(tmp_path / "run")
+    Writer(tensors, config, LEGACY).write(tmp_path / "released", "release")
+    for folder in (tmp_path / "run", iteration, tmp_path / "released"):
+        assert is_megatron(folder)
+        assert_bits(read_megatron(folder), tensors)
+    assert not is_megatron(checkpoint("skywork-13b-tiny"))
+
+
+def test_config_of_the_arguments(tmp_path):
+    config, tensors, _ = dense(num_key_value_heads=2)
+    tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    args = {
+        "params_dtype": torch.bfloat16,
+        "rotary_base": 500000,
+        "rotary_seq_len_interpolation_factor": 4,
+        "norm_epsilon": None,
+        "layernorm_epsilon": 1e-4,
+        "max_position_embeddings": None,
+        "seq_length": 99,
+    }
+    Writer(tensors, config, tp=2, args=args).write(tmp_path)
+    source = read_megatron(tmp_path)
+    assert_bits(source, tensors)
+    made = source.config
+    assert made.dtype == torch.bfloat16
+    rope = made.rope_parameters
+    assert (rope["rope_type"], rope["rope_theta"], rope["factor"]) == ("linear", 500000.0, 4.0)
+    assert (made.rms_norm_eps, made.max_position_embeddings, made.num_key_value_heads) == (1e-4, 99, 2)
+    assert (made.vocab_size, made.intermediate_size) == (config.vocab_size, config.intermediate_size)
+
+
+# --- what is refused
+
+
+def refused(folder: Path, *words: str, config: Any = None) -> None:
+    with pytest.raises(ValueError, match=".*".join(map(re.escape, words))) as caught:
+        read_megatron(folder, config)
+    assert "\n" not in str(caught.value)
+
+
+def change(file: Path, **changes: Any) -> None:
+    """Rewrite a rank's content; a change is a new value, or a function of the old one."""
+    content = torch.load(file, weights_only=False)
+    for key, value in changes.items():
+        content[key] = value(content[key]) if callable(value) else value
     torch.save(content, file)
 
 
+def change_model(file: Path, **changes: torch.Tensor | None) -> None:
+    def changed(model: dict[str, Any]) -> dict[str, Any]:
+        return {name: tensor for name, tensor in {**model, **changes}.items() if tensor is not None}
+
+    change(file, model=changed)
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    config, tensors, _ = dense(num_key_value_heads=2)
+    return Writer(tensors, config, CORE, 2, [1, 1]).write(tmp_path)
+
+
+def rank_file(iteration: Path, name: str) -> Path:
+    return iteration / name / "model_optim_rng.pt"
+
+
+@pytest.mark.parametrize("missing", ["mp_rank_00_000", "mp_rank_00_001", "mp_rank_01_000", "mp_rank_01_001"])
+def test_a_missing_rank(run, missing):
+    shutil.rmtree(run / missing)
+    refused(run, str(rank_file(run, missing)), "is missing", "copy it")
+
+
+def test_missing_ranks_of_expert_parallelism_and_ranks_too_many(tmp_path):
+    config, tensors, _ = moe()
+    run = Writer(tensors, config, CORE, tp=2, ep=2).write(tmp_path)
+    shutil.move(run / "mp_rank_01_001", tmp_path / "aside")
+    refused(run, "mp_rank_01_001", "is missing", "2 expert-parallel")
+    shutil.copytree(tmp_path / "aside", run / "mp_rank_01_001")
+    shutil.copytree(tmp_path / "aside", run / "mp_rank_01_002")
+    refused(run, "mp_rank_01_002 is not among the ranks")
+
+
+def test_folders_that_hold_nothing(tmp_path):
+    refused(tmp_path, "has no mp_rank_* folders", "--ckpt-format torch")
+    latest = tmp_path / "latest_checkpointed_iteration.txt"
+    latest.write_text("12")
+    refused(tmp_path, "names iter_0000012, which is not there")
+    latest.write_text("../../x")
+    refused(tmp_path, "says '../../x'")
+
+
+def test_ranks_that_do_not_fit_each_other(run):
+    key = "decoder.layers.0.mlp.linear_fc2.weight"
+    file = rank_file(run, "mp_rank_01_000")
+    kept = torch.load(file, weights_only=False)["model"][key]
+    change_model(file, **{key: torch.ones(32, 23)})
+    refused(run, f"`model/{key}` in {file}", "[32, 23]", "[32, 24]", "mp_rank_00_000")
+    change_model(file, **{key: kept.half()})
+    refused(run, f"`model/{key}` in {file}", "float16", "float32")
+    change_model(file, **{key: None})
+    refused(run, f"{file} has no counterpart of `model/{key}`", "mp_rank_00_000")
+    change_model(file, **{key: kept})
+    change(file, iteration=39)
+    refused(run, str(file), "iteration 39", "iteration 40")
+
+
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
+    "key",
     [
-        ("decoder.layers.1.mlp.linear_fc2.weight", None, "holds no `decoder.layers.1.mlp.linear_fc2.weight`, which"),
-        ("decoder.layers.1.mlp.linear_fc2.weight", torch.ones(3, 3), r"is \[3, 3\], and \[32, 24\] in"),
+        "decoder.layers.1.self_attention.linear_qkv.bias",
+        "decoder.layers.0.mlp.shared_experts.linear_fc1.weight",
+        "decoder.layers.0.mlp.experts.weight1",
+        "decoder.layers.0.self_attention.q_layernorm.weight",
+        "embedding.position_embeddings.weight",
     ],
 )
-def test_ranks_that_disagree(name, value, message, tmp_path):
-    folder = iteration(tmp_path)
-    change(folder / "mp_rank_01" / "model_optim_rng.pt", name, value)
-    with pytest.raises(ValueError, match=message):
-        convert_checkpoint(folder, tmp_path / "hub")
+def test_an_unexpected_key(run, key):
+    for name in ("mp_rank_00_000", "mp_rank_01_000"):
+        change_model(rank_file(run, name), **{key: torch.ones(4)})
+    refused(run, f"`model/{key}` in {rank_file(run, 'mp_rank_00_000')} is unexpected")
 
 
-def test_what_is_missing_or_unexpected(tmp_path):
-    folder = iteration(tmp_path, tp=1)
-    file = folder / "mp_rank_00" / "model_optim_rng.pt"
-    change(file, "decoder.layers.0.strange.weight", torch.ones(2))
-    with pytest.raises(ValueError, match=r"strange\.weight` in .* is unexpected"):
-        convert_checkpoint(folder, tmp_path / "hub")
-    change(file, "decoder.layers.0.strange.weight", None)
-    change(file, "decoder.final_layernorm.weight", None)
-    with pytest.raises(ValueError, match=r"holds nothing for `model\.norm\.weight`"):
-        convert_checkpoint(folder, tmp_path / "hub")
-    change(file, "decoder.final_layernorm.weight", torch.ones(5))
-    with pytest.raises(ValueError, match=r"is \[5\]; the config says \[32\]"):
-        convert_checkpoint(folder, tmp_path / "hub")
+def test_keys_that_mean_the_same(run):
+    change_model(rank_file(run, "mp_rank_00_000"), **{"decoder.layers.0.input_layernorm.weight": torch.ones(32)})
+    refused(run, "are both the input norm")
+    change_model(rank_file(run, "mp_rank_00_000"), **{"decoder.layers.0.input_layernorm.weight": None})
+    for name in ("mp_rank_00_001", "mp_rank_01_001"):
+        change_model(rank_file(run, name), **{"embedding.word_embeddings.weight": torch.ones(128, 32)})
+    refused(run, "is in an earlier stage too")
 
 
-def test_a_missing_rank(tmp_path):
-    folder = iteration(tmp_path, tp=2, stages=(1, 1))
-    (folder / "mp_rank_01_000" / "model_optim_rng.pt").unlink()
-    with pytest.raises(ValueError, match=r"mp_rank_01_000/model_optim_rng\.pt is not there"):
-        convert_checkpoint(folder, tmp_path / "hub")
-    (folder / "mp_rank_01_000").rmdir()
-    with pytest.raises(ValueError, match="no folder of tensor rank 1, pipeline rank 0"):
-        convert_checkpoint(folder, tmp_path / "hub")
-    (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").write_text("8")
-    with pytest.raises(ValueError, match="names iter_0000008, which is not there"):
-        convert_checkpoint(tmp_path / "megatron", tmp_path / "hub")
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("decoder.layers.0.mlp.linear_fc2.weight", ("fc2 of layer 1", "model.layers.1.mlp.down_proj.weight")),
+        ("decoder.final_layernorm.weight", ("final norm", "model.norm.weight")),
+        ("output_layer.weight", ("head", "lm_head.weight")),
+    ],
+)
+def test_a_tensor_that_no_rank_has(run, key, words):
+    for name in ("mp_rank_00_001", "mp_rank_01_001"):
+        change_model(rank_file(run, name), **{key: None})
+    refused(run, f"No rank in {run} holds the", *words, ".".join(key.split(".")[-2:]), "copy")
+
+
+def test_shapes_that_the_config_does_not_say(run):
+    given = {"num_key_value_heads": 2}
+    refused(run, "linear_fc1.weight", "[48, 32]", "[64, 32]", config=tiny_dense_config(intermediate_size=64, **given))
+    refused(run, "word_embeddings", "at least 999 rows", config=tiny_dense_config(vocab_size=999, **given))
+    refused(run, "hold 2 layers", "says 3", config=tiny_dense_config(num_hidden_layers=3, **given))
+    refused(run, "hold 2 layers", "says 1", config=tiny_dense_config(num_hidden_layers=1, **given))
+    refused(run, "`num_key_value_heads` is 4", "trained with 2", config=tiny_dense_config())
+    refused(run, "`num_attention_heads` is 2", config=tiny_dense_config(num_attention_heads=2, **given))
+    refused(run, "tie_word_embeddings", config=tiny_dense_config(tie_word_embeddings=True, **given))
+    refused(run, "hold 0 experts", "says 4", config=tiny_moe_config(**given))
+
+
+def test_configs_of_models_that_megatron_does_not_hold(tmp_path):
+    config, tensors, _ = moe()
+    Writer(tensors, config).write(tmp_path)
+    refused(tmp_path, "gate.0.weight", "`moe_2layer_gate` false", config=tiny_moe_config(moe_2layer_gate=True))
+    refused(tmp_path, "hold 4 experts", "says 0", config=tiny_dense_config())
+    quantized = tiny_moe_config()
+    quantized.quantization_config = {"quant_method": "fp8", "activation_scheme": "static"}
+    refused(tmp_path, "quantization_config", "remove it", config=quantized)
+
+
+def test_a_config_for_fused_experts_reads_the_same(tmp_path):
+    config, tensors, _ = moe()
+    Writer(tensors, config).write(tmp_path)
+    assert_bits(read_megatron(tmp_path, tiny_moe_config(experts_layout="fused")), tensors)
+
+
+@pytest.mark.parametrize("version", [0, 1.0, None, "3.0"])
+def test_old_versions(version, tmp_path):
+    config, tensors, _ = dense()
+    Writer(tensors, config, LEGACY, version=version).write(tmp_path)
+    refused(tmp_path, "model_optim_rng.pt has checkpoint_version", "another order", "newer Megatron-LM")
+
+
+def test_arguments_that_say_too_little(tmp_path):
+    config, tensors, _ = moe()
+    Writer(tensors, config, args={"vocab_size": None, "moe_router_topk": None}).write(tmp_path)
+    refused(tmp_path, "lack vocab_size, moe_router_topk", "config.json")
+    assert_bits(read_megatron(tmp_path, config), tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("apply_layernorm_1p", True), ("rotary_percent", 0.5), ("rotary_interleaved", True), ("use_rope_scaling", True)],
+)
+def test_runs_that_compute_something_else(name, value, tmp_path):
+    config, tensors, _ = dense()
+    Writer(tensors, config, args={name: value}).write(tmp_path)
+    refused(tmp_path, f"trained with {name}={value!r}", config=config)
 
 
 class Stranger:
-    pass
+    """Stands for whatever a pickle may hold."""
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"checkpoint_version": 1.0}, "is of checkpoint_version 1.0"),
-        ({"rng_state": Stranger()}, "Pickles that hold anything but tensors and plain values are refused"),
-        ({"model": torch.ones(2)}, "holds no `model`"),
-        ({"args": None}, "lack hidden_size, ffn_hidden_size"),
-        ({"args": Namespace(hidden_size=32)}, "lack ffn_hidden_size, num_layers"),
-    ],
-)
-def test_files_of_another_kind(changes, message, tmp_path):
-    folder = iteration(tmp_path, tp=1, **changes)
-    with pytest.raises(ValueError, match=message):
-        convert_checkpoint(folder, tmp_path / "hub")
-    assert not (tmp_path / "hub").exists()
+def test_pickles_that_hold_something_else(run):
+    file = rank_file(run, "mp_rank_01_001")
+    change(file, rng_state=[Stranger()])
+    refused(run, f"{file} cannot be read as a checkpoint", "refused")
+    change(file, rng_state=None, args={"hidden_size": 32})
+    refused(run, f"{file} holds no `args`")
+    content = torch.load(rank_file(run, "mp_rank_00_000"), weights_only=False)
+    content["model0"] = content.pop("model")
+    torch.save(content, rank_file(run, "mp_rank_00_000"))
+    refused(run, "holds no `model`", "interleaved")
+    torch.save([1], rank_file(run, "mp_rank_00_000"))
+    refused(run, "holds no `args`")
+    rank_file(run, "mp_rank_00_000").write_bytes(b"PK cut off")
+    refused(run, "cannot be read as a checkpoint")

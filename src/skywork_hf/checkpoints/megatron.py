@@ -1,362 +1,590 @@
-"""Training checkpoints of Megatron-LM: tensor-, pipeline- and expert-parallel ranks as the Hub's tensors.
+"""Training checkpoints of Megatron-LM as the Hub's layout would have them: ranks joined, fused matrices split.
 
-Both trees are read: the legacy one (`language_model.encoder`, dense models) and that of Megatron core (`decoder`,
-dense and MoE models).
+Read are the legacy tree (`language_model`, dense models) and that of Megatron-Core (dense models and MoE), one
+`model_optim_rng.pt` for each rank of tensor, pipeline and expert parallelism.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..configuration_skywork import SkyworkConfig, SkyworkMoeConfig
 from ..headers import StoredTensor
-from .layouts import MEGATRON, hub_shapes
+from .layouts import MEGATRON, config_of, hub_shapes
 from .readers import flat_tensors, load_pickle
 from .recipes import Make, Product, Recipe, Source
 
-WEIGHTS = "model_optim_rng.pt"
-_NEWEST = "latest_checkpointed_iteration.txt"
-# From this version on the rows of the fused queries, keys and values are ordered by group of heads.
+LATEST_FILE = "latest_checkpointed_iteration.txt"
+RANK_FILE = "model_optim_rng.pt"
+# The first whose query_key_value rows are grouped by head; those before interleave them otherwise.
 _OLDEST_VERSION = 2.0
-# Legacy names to those of Megatron core.
-_LEGACY = (
-    (r"^language_model/(encoder|transformer)/", "decoder."),
-    (r"^language_model/embedding/word_embeddings/", "embedding.word_embeddings."),
-    (r"^language_model/output_layer/", "output_layer."),
-    (r"\.query_key_value\.", ".linear_qkv."),
-    (r"\.self_attention\.dense\.", ".self_attention.linear_proj."),
-    (r"\.dense_h_to_4h\.", ".linear_fc1."),
-    (r"\.dense_4h_to_h\.", ".linear_fc2."),
-    (r"\.input_norm\.", ".input_layernorm."),
-    (r"\.post_attention_(norm|layernorm)\.", ".pre_mlp_layernorm."),
-    (r"\.final_norm\.", ".final_layernorm."),
-)
-# Norms that core keeps inside the linear that follows them.
-_FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+
+_EMBEDDING, _HEAD, _FINAL_NORM = "embedding", "head", "final norm"
+_INPUT_NORM, _QKV, _ATTENTION_OUTPUT = "input norm", "fused qkv", "attention output"
+_MLP_NORM, _FC1, _FC2, _ROUTER = "feed-forward norm", "fc1", "fc2", "router"
+# Names in the files, with dots between all keys, by what they mean; `word_embeddings_for_head` is the copy of tied
+# embeddings that the last stage has.
+_MODEL_NAMES = {
+    _EMBEDDING: ("language_model.embedding.word_embeddings.weight", "embedding.word_embeddings.weight"),
+    _HEAD: ("language_model.output_layer.weight", "output_layer.weight", "word_embeddings_for_head.weight"),
 }
-_IGNORED = ("_extra_state", "rotary_pos_emb.inv_freq", "rotary_emb.inv_freq")
-_OUTSIDE = {
-    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
-    "decoder.final_layernorm.weight": "model.norm.weight",
-    "output_layer.weight": "lm_head.weight",
+_DECODERS = ("language_model.encoder.", "language_model.transformer.", "decoder.")
+_FINAL_NORM_NAMES = ("final_norm.weight", "final_layernorm.weight")
+_LAYER_NAMES = {
+    _INPUT_NORM: (
+        "input_norm.weight",
+        "input_layernorm.weight",
+        "self_attention.linear_qkv.layer_norm_weight",
+    ),
+    _QKV: (
+        "self_attention.query_key_value.weight",
+        "attention.query_key_value.weight",
+        "self_attention.linear_qkv.weight",
+    ),
+    _ATTENTION_OUTPUT: (
+        "self_attention.dense.weight",
+        "attention.dense.weight",
+        "self_attention.linear_proj.weight",
+    ),
+    _MLP_NORM: (
+        "post_attention_norm.weight",
+        "post_attention_layernorm.weight",
+        "pre_mlp_layernorm.weight",
+        "mlp.linear_fc1.layer_norm_weight",
+    ),
+    _FC1: ("mlp.dense_h_to_4h.weight", "mlp.linear_fc1.weight"),
+    _FC2: ("mlp.dense_4h_to_h.weight", "mlp.linear_fc2.weight"),
+    _ROUTER: ("mlp.router.weight",),
 }
-_REPLICATED = {
-    "input_layernorm.weight": "input_layernorm.weight",
-    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-    "mlp.router.weight": "block_sparse_moe.gate.weight",
+_EXPERT_NAMES = {_FC1: ("linear_fc1.weight",), _FC2: ("linear_fc2.weight",)}
+_PART_OF = {name: part for part, names in _MODEL_NAMES.items() for name in names}
+_LAYER_PART_OF = {name: part for part, names in _LAYER_NAMES.items() for name in names}
+_EXPERT_PART_OF = {name: part for part, names in _EXPERT_NAMES.items() for name in names}
+_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
+_IGNORED = re.compile(r"_extra_state$|rotary_pos_emb\.|rotary_emb\.|inv_freq$")
+
+# Arguments that leave no trace in the tensors, and what they may be.
+_COMPUTED = {
+    "apply_layernorm_1p": (False,),
+    "rotary_percent": (1.0,),
+    "rotary_interleaved": (False,),
+    "use_rope_scaling": (False,),
+    # A table of learned positions would be an unexpected tensor; older files say so beside rotary ones.
+    "position_embedding_type": ("rope", "learned_absolute"),
 }
-_QKV, _PROJECTION = "self_attention.linear_qkv.weight", "self_attention.linear_proj.weight"
-_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight")
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+# Fields of a config, by the arguments that they are made of, the first that is there.
+_NEEDED = {
+    "hidden_size": ("hidden_size",),
+    "intermediate_size": ("ffn_hidden_size",),
+    "num_hidden_layers": ("num_layers",),
+    "num_attention_heads": ("num_attention_heads",),
+    "rms_norm_eps": ("norm_epsilon", "layernorm_epsilon"),
+    "max_position_embeddings": ("max_position_embeddings", "seq_length"),
+    "vocab_size": ("vocab_size",),
+}
 
 
-@dataclass(frozen=True)
-class _Rank:
-    """One file's place in the three kinds of parallelism."""
+class _Key(NamedTuple):
+    """What a tensor is: its part, the layer and the expert, numbered as in its rank or, once merged, in the model."""
+
+    part: str
+    layer: int | None = None
+    expert: int | None = None
+
+
+class _Sizes(NamedTuple):
+    """The number of tensor-, pipeline- and expert-parallel ranks."""
 
     tensor: int
     pipeline: int
     expert: int
 
+    def folder(self, tensor: int, stage: int, expert: int) -> str:
+        """The name of a rank's folder."""
+        name = f"mp_rank_{tensor:02d}"
+        if self.pipeline > 1:
+            name += f"_{stage:03d}"
+        return f"{name}_{expert:03d}" if self.expert > 1 else name
 
-@dataclass
-class _File:
-    """What a rank's file holds: its tensors by core names, layers numbered within its stage."""
 
-    path: Path
-    args: Any
-    tensors: dict[str, StoredTensor]
+@dataclass(frozen=True)
+class _Rank:
+    """One rank's file.
+
+    Args:
+        file: where it is.
+        args: the arguments of the run.
+        iteration: the step that it was written after.
+        tensors: those of the model, by what they are.
+        ignored: those that nothing is made of.
+    """
+
+    file: Path
+    args: Namespace
+    iteration: Any
+    tensors: dict[_Key, StoredTensor]
     ignored: list[StoredTensor]
+
+    @property
+    def sizes(self) -> _Sizes:
+        kinds = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
+        return _Sizes(*(getattr(self.args, kind, None) or 1 for kind in kinds))
+
+
+_Ranks = dict[tuple[int, int, int], _Rank]
+_Shards = dict[_Key, tuple[StoredTensor, ...]]
 
 
 def is_megatron(folder: Path) -> bool:
-    return (folder / _NEWEST).is_file() or any(folder.glob("mp_rank_*"))
+    """Whether this is a folder of a Megatron-LM run, or of one of its iterations."""
+    return (folder / LATEST_FILE).is_file() or any(folder.glob("mp_rank_*"))
 
 
 def read_megatron(folder: Path, config: SkyworkConfig | SkyworkMoeConfig | None = None) -> Source:
-    """A checkpoint of Megatron-LM.
+    """Find out what a checkpoint of Megatron-LM holds, and that it is whole. Reads no weights.
 
     Args:
-        folder: of the run, whose newest iteration is taken, or of an iteration.
-        config: of the model; None makes it of the arguments in the files.
+        folder: of a run, whose latest iteration is taken, or of an iteration.
+        config: what the run's own arguments do not say; None makes one of these. They know nothing of Skywork-MoE's
+            gate, which then has the defaults of `SkyworkMoeConfig`.
 
     Raises:
-        ValueError: a rank, layer or tensor is missing, or does not fit; the file or the tensor is named.
+        ValueError: a rank or a tensor is missing, unexpected or of a wrong shape, the format is another one, or the
+            arguments say too little. Names the file and the tensor.
     """
-    iteration = _iteration(folder)
-    ranks = _ranks(iteration)
-    files = {rank: _read(path) for rank, path in ranks.items()}
-    first = files[min(files, key=lambda rank: (rank.pipeline, rank.tensor, rank.expert))]
-    config = config or _config_of(first)
-    merged = _Merger(files, config).recipes()
-    ignored = [tensor for file in files.values() for tensor in file.ignored]
-    beside = folder if (folder / "tokenizer.model").is_file() else iteration
-    return Source(MEGATRON, beside, config, _checked(merged, config, iteration), ignored)
+    ranks = _read_ranks(_iteration_folder(folder))
+    for rank in ranks.values():
+        _check_arguments(rank)
+    first = next(iter(ranks.values()))
+    shards = _merged(ranks, first.sizes)
+    config = _config_of_arguments(first, shards) if config is None else _checked_config(config, first)
+    ignored = [tensor for rank in ranks.values() for tensor in rank.ignored]
+    if config.tie_word_embeddings:
+        ignored += shards.pop(_Key(_HEAD), ())
+    return Source(MEGATRON, folder, config, _recipes(config, shards, first), ignored)
 
 
-def _iteration(folder: Path) -> Path:
-    newest = folder / _NEWEST
-    if not newest.is_file():
+# --- the files of the ranks
+
+
+def _iteration_folder(folder: Path) -> Path:
+    latest = folder / LATEST_FILE
+    if not latest.is_file():
         return folder
-    number = newest.read_text().strip()
-    found = folder / (number if number == "release" else f"iter_{int(number):07d}")
-    if not found.is_dir():
-        raise ValueError(f"{newest} names {found.name}, which is not there: copy it too, or give another iteration.")
-    return found
+    text = latest.read_text(encoding="utf-8").strip()
+    if text != "release" and not text.isdecimal():
+        raise ValueError(f"{latest} says {text[:40]!r}: expected the number of an iteration, or `release`.")
+    iteration = folder / (text if text == "release" else f"iter_{int(text):07d}")
+    if not iteration.is_dir():
+        raise ValueError(f"{latest} names {iteration.name}, which is not there: copy it, or give another iteration.")
+    return iteration
 
 
-def _ranks(iteration: Path) -> dict[_Rank, Path]:
-    """The files by rank; checks that every combination is there."""
-    folders = sorted(iteration.glob("mp_rank_*"))
-    if not folders:
-        raise ValueError(f"{iteration} holds no mp_rank_* folders: expected a checkpoint of Megatron-LM.")
-    numbers = {folder: [int(part) for part in folder.name.removeprefix("mp_rank_").split("_")] for folder in folders}
-    pipeline_parallel = _pipeline_parallel(folders[0] / WEIGHTS)
-    ranks = {_rank(parts, pipeline_parallel): folder / WEIGHTS for folder, parts in numbers.items()}
-    sizes = [1 + max(getattr(rank, kind) for rank in ranks) for kind in ("tensor", "pipeline", "expert")]
-    for tensor in range(sizes[0]):
-        for pipeline in range(sizes[1]):
-            for expert in range(sizes[2]):
-                if _Rank(tensor, pipeline, expert) not in ranks:
-                    raise ValueError(
-                        f"{iteration} has no folder of tensor rank {tensor}, pipeline rank {pipeline} and expert rank "
-                        f"{expert}: expected {sizes[0]} x {sizes[1]} x {sizes[2]} folders; copy them all."
-                    )
+def _read_ranks(folder: Path) -> _Ranks:
+    found = sorted(entry.name for entry in folder.glob("mp_rank_*") if entry.is_dir())
+    if not found:
+        raise ValueError(
+            f"{folder} has no mp_rank_* folders: expected those of Megatron-LM's `--ckpt-format torch`; distributed "
+            "checkpoints (.distcp) have to be saved again by Megatron-LM in that format."
+        )
+    first = _read_rank(folder / found[0] / RANK_FILE)
+    sizes = first.sizes
+    everything = product(range(sizes.tensor), range(sizes.pipeline), range(sizes.expert))
+    places = {place: sizes.folder(*place) for place in everything}
+    if extra := [name for name in found if name not in places.values()]:
+        raise ValueError(f"{folder / extra[0]} is not among the ranks that {first.file} names: {_sizes_text(sizes)}.")
+    ranks: _Ranks = {}
+    for place, name in places.items():
+        ranks[place] = _read_rank(folder / name / RANK_FILE, sizes)
+        _check_same_run(ranks[place], first)
     return ranks
 
 
-def _pipeline_parallel(file: Path) -> bool:
-    return getattr(_content(file).get("args"), "pipeline_model_parallel_size", 1) > 1
+def _sizes_text(sizes: _Sizes) -> str:
+    return f"{sizes.tensor} tensor-parallel x {sizes.pipeline} pipeline-parallel x {sizes.expert} expert-parallel"
 
 
-def _rank(parts: list[int], pipeline_parallel: bool) -> _Rank:
-    """`TT`, `TT_PPP`, `TT_EEE` or `TT_PPP_EEE`."""
-    if len(parts) == 3:
-        return _Rank(*parts)
-    second = parts[1] if len(parts) == 2 else 0
-    return _Rank(parts[0], second, 0) if pipeline_parallel else _Rank(parts[0], 0, second)
-
-
-def _content(file: Path) -> dict[str, Any]:
+def _read_rank(file: Path, sizes: _Sizes | None = None) -> _Rank:
     if not file.is_file():
-        raise ValueError(f"{file} is not there: copy it from where the checkpoint was written.")
+        expected = f"expected one for each of {_sizes_text(sizes)} ranks" if sizes else "expected one for each rank"
+        raise ValueError(f"{file} is missing: {expected}; copy it from where the checkpoint was written.")
     content = load_pickle(file, device="meta")
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise ValueError(f"{file} holds no `model`: expected a checkpoint of Megatron-LM.")
-    return content
+    if not isinstance(content, dict) or not isinstance(content.get("args"), Namespace):
+        raise ValueError(f"{file} holds no `args` with the run's arguments: expected a file of Megatron-LM.")
+    model = content.get("model")
+    if not isinstance(model, dict):
+        virtual = " (interleaved pipeline stages, `model0`, are not read)" if "model0" in content else ""
+        raise ValueError(f"{file} holds no `model` with named tensors{virtual}: save it again by Megatron-LM.")
+    _check_version(file, content.get("checkpoint_version"), legacy="language_model" in model)
+    stored = [
+        StoredTensor(file, f"model/{name}", value.dtype, tuple(value.shape)) for name, value in flat_tensors(model)
+    ]
+    ignored = [tensor for tensor in stored if _IGNORED.search(tensor.name)]
+    tensors = _by_key([tensor for tensor in stored if not _IGNORED.search(tensor.name)])
+    return _Rank(file, content["args"], content.get("iteration"), tensors, ignored)
 
 
-def _read(file: Path) -> _File:
-    content = _content(file)
-    version = content.get("checkpoint_version", 3.0)
-    if version < _OLDEST_VERSION:
+def _check_version(file: Path, version: Any, legacy: bool) -> None:
+    if version is None:
+        version = 0.0 if legacy else 3.0  # as Megatron-LM takes them
+    if not isinstance(version, int | float) or version < _OLDEST_VERSION:
         raise ValueError(
-            f"{file} is of checkpoint_version {version}, whose queries, keys and values are in another order: "
-            f"expected {_OLDEST_VERSION} or later; load and save it with a newer Megatron-LM."
+            f"{file} has checkpoint_version {version}, whose query_key_value rows are in another order: expected "
+            f"{_OLDEST_VERSION} or later; load it and save it again with a newer Megatron-LM."
         )
-    tensors: dict[str, StoredTensor] = {}
-    ignored: list[StoredTensor] = []
-    for path, value in flat_tensors(content["model"]):
-        tensor = StoredTensor(file, f"model/{path}", value.dtype, tuple(value.shape))
-        if path.endswith(_IGNORED):
-            ignored.append(tensor)
-        else:
-            tensors[_core_name(path)] = tensor
-    return _File(file, content.get("args"), tensors, ignored)
 
 
-def _core_name(path: str) -> str:
-    for pattern, name in _LEGACY:
-        path = re.sub(pattern, name, path)
-    for fused, name in _FUSED_NORMS.items():
-        path = path.replace(fused, name)
-    return path
-
-
-def _config_of(file: _File) -> SkyworkConfig | SkyworkMoeConfig:
-    """The config that the run's arguments describe."""
-    args = vars(file.args) if file.args is not None else {}
-    needed = ("hidden_size", "ffn_hidden_size", "num_layers", "num_attention_heads", "vocab_size")
-    missing = [name for name in needed if args.get(name) is None]
-    if missing:
-        raise ValueError(
-            f"The arguments in {file.path} lack {', '.join(missing)}: give the model's config.json with `config`."
-        )
-    fields = {
-        "hidden_size": args["hidden_size"],
-        "intermediate_size": args["ffn_hidden_size"],
-        "num_hidden_layers": args["num_layers"],
-        "num_attention_heads": args["num_attention_heads"],
-        "num_key_value_heads": args["num_query_groups"] if args.get("group_query_attention") else None,
-        "vocab_size": args["vocab_size"],
-        "rms_norm_eps": args.get("norm_epsilon", args.get("layernorm_epsilon")),
-        "rope_theta": args.get("rotary_base"),
-        "max_position_embeddings": args.get("max_position_embeddings") or args.get("seq_length"),
-        "tie_word_embeddings": not args.get("untie_embeddings_and_output_weights", True),
-        "num_experts": args.get("num_experts"),
-        "num_experts_per_tok": args.get("moe_router_topk") if args.get("num_experts") else None,
-    }
-    config_class = SkyworkMoeConfig if args.get("num_experts") else SkyworkConfig
-    return config_class.from_dict({name: value for name, value in fields.items() if value is not None})
-
-
-class _Merger:
-    """Makes the Hub's tensors of those of all ranks."""
-
-    def __init__(self, files: dict[_Rank, _File], config: Any) -> None:
-        self.files, self.config = files, config
-        self.stages = 1 + max(rank.pipeline for rank in files)
-        self.tensor_ranks = 1 + max(rank.tensor for rank in files)
-        self.expert_ranks = 1 + max(rank.expert for rank in files)
-
-    def recipes(self) -> Iterator[Recipe]:
-        layers_before = 0
-        for stage in range(self.stages):
-            names = self.files[_Rank(0, stage, 0)].tensors
-            for name in names:
-                yield from self._recipe(stage, name, layers_before)
-            for expert_rank in range(1, self.expert_ranks):
-                for name in self.files[_Rank(0, stage, expert_rank)].tensors:
-                    if ".local_experts." in name:
-                        yield from self._recipe(stage, name, layers_before, expert_rank)
-            numbers = [int(match[1]) for match in map(_LAYER.match, names) if match]
-            layers_before += 1 + max(numbers, default=-1)
-
-    def _recipe(self, stage: int, name: str, layers_before: int, expert_rank: int = 0) -> Iterator[Recipe]:
-        shards = [self._shard(_Rank(tensor, stage, expert_rank), name) for tensor in range(self.tensor_ranks)]
-        if name in _OUTSIDE:
-            if name == "output_layer.weight" and self.config.tie_word_embeddings:
-                return
-            yield self._outside(_OUTSIDE[name], shards)
-            return
-        match = _LAYER.match(name)
-        if match is None:
-            raise ValueError(f"{shards[0]} is unexpected: no part of a Skywork model is called so.")
-        prefix = f"model.layers.{layers_before + int(match[1])}"
-        yield self._of_layer(prefix, match[2], shards, expert_rank, stage)
-
-    def _shard(self, rank: _Rank, name: str) -> StoredTensor:
-        file = self.files[rank]
-        first = self.files[replace(rank, tensor=0)].tensors[name]
-        if name not in file.tensors:
-            raise ValueError(f"{file.path} holds no `{name}`, which {first.file} has: it is of another run.")
-        shard = file.tensors[name]
-        if shard.shape != first.shape:
-            raise ValueError(f"{shard} is {list(shard.shape)}, and {list(first.shape)} in {first.file}.")
-        return shard
-
-    def _outside(self, name: str, shards: list[StoredTensor]) -> Recipe:
-        if name == "model.norm.weight":
-            return _made([name], [shards[0].shape], shards[:1], _first)
-        rows = self.config.vocab_size
-        have = sum(shard.shape[0] for shard in shards)
-        if have < rows:
-            raise ValueError(f"{shards[0]} and its other ranks have {have} rows, and the config's vocabulary {rows}.")
-        return _made([name], [(rows, shards[0].shape[1])], shards, partial(_rows, rows))
-
-    def _of_layer(self, prefix: str, name: str, shards: list[StoredTensor], expert_rank: int, stage: int) -> Recipe:
-        if name in _REPLICATED:
-            return _made([f"{prefix}.{_REPLICATED[name]}"], [shards[0].shape], shards[:1], _first)
-        if name == _QKV:
-            return self._qkv(prefix, shards)
-        if name == _PROJECTION:
-            return _columns(f"{prefix}.self_attn.o_proj.weight", shards)
-        if name in ("mlp.linear_fc1.weight", "mlp.linear_fc2.weight"):
-            return _feed_forward(f"{prefix}.mlp", ("gate_proj", "up_proj", "down_proj"), name, shards)
-        if match := _EXPERT.fullmatch(name):
-            number = expert_rank * self._local_experts(stage) + int(match[1])
-            return _feed_forward(f"{prefix}.block_sparse_moe.experts.{number}", ("w1", "w3", "w2"), name, shards)
-        raise ValueError(f"{shards[0]} is unexpected: no part of a Skywork layer is called so.")
-
-    def _local_experts(self, stage: int) -> int:
-        names = self.files[_Rank(0, stage, 0)].tensors
-        return 1 + max(int(match[1]) for match in map(_EXPERT.search, names) if match)
-
-    def _qkv(self, prefix: str, shards: list[StoredTensor]) -> Recipe:
-        config = self.config
-        head, hidden = config.hidden_size // config.num_attention_heads, shards[0].shape[1]
-        keys = config.num_key_value_heads
-        queries = config.num_attention_heads // keys
-        rows = sum(shard.shape[0] for shard in shards)
-        if rows != (config.num_attention_heads + 2 * keys) * head:
+def _by_key(tensors: list[StoredTensor]) -> dict[_Key, StoredTensor]:
+    found: dict[_Key, StoredTensor] = {}
+    for tensor in tensors:
+        key = _key_of(tensor)
+        if key is None:
             raise ValueError(
-                f"{shards[0]} and its other ranks have {rows} rows; the config's heads make "
-                f"{(config.num_attention_heads + 2 * keys) * head}."
+                f"{tensor} is unexpected: a Skywork model has {_spelled(_MODEL_NAMES)}, a final norm, and in each "
+                f"layer {_spelled(_LAYER_NAMES)}, or experts.local_experts; nothing else of the model can be dropped."
             )
-        names = [f"{prefix}.self_attn.{part}_proj.weight" for part in "qkv"]
-        shapes = [(config.num_attention_heads * head, hidden), (keys * head, hidden), (keys * head, hidden)]
-        return _made(names, shapes, shards, partial(_split_qkv, queries, head))
+        if key in found:
+            raise ValueError(f"{tensor} and `{found[key].name}` are both the {key.part}: expected one of them.")
+        found[key] = tensor
+    return found
 
 
-def _made(names: list[str], shapes: Sequence[tuple[int, ...]], shards: list[StoredTensor], make: Make) -> Recipe:
-    products = tuple(Product(name, shards[0].dtype, shape) for name, shape in zip(names, shapes, strict=True))
-    return Recipe(products, tuple(shards), make)
+def _spelled(names: dict[str, tuple[str, ...]]) -> str:
+    return ", ".join(f"{part} ({spellings[-1]})" for part, spellings in names.items())
 
 
-def _columns(name: str, shards: list[StoredTensor]) -> Recipe:
-    shape = (shards[0].shape[0], sum(shard.shape[1] for shard in shards))
-    return _made([name], [shape], shards, _side_by_side)
+def _key_of(tensor: StoredTensor) -> _Key | None:
+    name = tensor.name.removeprefix("model/").replace("/", ".")
+    if name in _PART_OF:
+        return _Key(_PART_OF[name])
+    decoder = next((prefix for prefix in _DECODERS if name.startswith(prefix)), None)
+    return None if decoder is None else _decoder_key(name.removeprefix(decoder))
 
 
-def _feed_forward(prefix: str, names: tuple[str, str, str], part: str, shards: list[StoredTensor]) -> Recipe:
-    """Gate and up from the first matrix, which has both above each other in each rank, or down from the second."""
-    gate, up, down = (f"{prefix}.{name}.weight" for name in names)
-    if "linear_fc2" in part:
-        return _columns(down, shards)
-    shape = (sum(shard.shape[0] for shard in shards) // 2, shards[0].shape[1])
-    return _made([gate, up], [shape, shape], shards, _split_gate_up)
+def _decoder_key(name: str) -> _Key | None:
+    if name in _FINAL_NORM_NAMES:
+        return _Key(_FINAL_NORM)
+    layer = _LAYER.fullmatch(name)
+    if layer is None:
+        return None
+    expert = _EXPERT.fullmatch(layer[2])
+    if expert:
+        part = _EXPERT_PART_OF.get(expert[2])
+        return _Key(part, int(layer[1]), int(expert[1])) if part else None
+    part = _LAYER_PART_OF.get(layer[2])
+    return _Key(part, int(layer[1])) if part else None
 
 
-def _first(shards: list[torch.Tensor]) -> list[torch.Tensor]:
-    return shards[:1]
+# --- ranks that fit each other
 
 
-def _rows(count: int, shards: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [torch.cat(shards)[:count]]
+def _check_same_run(rank: _Rank, first: _Rank) -> None:
+    if (rank.sizes, rank.iteration) != (first.sizes, first.iteration):
+        raise ValueError(
+            f"{rank.file} is of iteration {rank.iteration} of a run with {_sizes_text(rank.sizes)} ranks, and "
+            f"{first.file} of iteration {first.iteration} with {_sizes_text(first.sizes)}: take all of one."
+        )
 
 
-def _side_by_side(shards: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [torch.cat(shards, dim=1)]
+def _check_alike(rank: _Rank, first: _Rank) -> None:
+    """Check that two ranks of a stage hold the same tensors, each its own slice."""
+    for key in {**first.tensors, **rank.tensors}:
+        one, other = first.tensors.get(key), rank.tensors.get(key)
+        if one is None or other is None:
+            present, lacking = (one or other), (rank if one else first)
+            raise ValueError(
+                f"{lacking.file} has no counterpart of {present}: expected the same tensors in all ranks of a stage; "
+                "copy it again."
+            )
+        if (one.shape, one.dtype) != (other.shape, other.dtype):
+            raise ValueError(
+                f"{other} is {_described(other)}, and {_described(one)} in {first.file}: expected the same in all "
+                "ranks of a stage; take them of one run."
+            )
 
 
-def _split_gate_up(shards: list[torch.Tensor]) -> list[torch.Tensor]:
-    halves = [shard.chunk(2) for shard in shards]
-    return [torch.cat([half[part] for half in halves]) for part in range(2)]
+def _described(tensor: StoredTensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def _split_qkv(queries: int, head: int, shards: list[torch.Tensor]) -> list[torch.Tensor]:
-    """[groups x (queries + key + value) x head, hidden] to the three, all groups below each other."""
-    fused = torch.cat(shards)
-    groups = fused.view(-1, queries + 2, head, fused.shape[1])
-    return [part.reshape(-1, fused.shape[1]) for part in groups.split([queries, 1, 1], dim=1)]
+def _merged(ranks: _Ranks, sizes: _Sizes) -> _Shards:
+    """The tensor-parallel shards of each tensor, with layers and experts numbered as in the model."""
+    merged: _Shards = {}
+    layers_before = 0
+    for stage in range(sizes.pipeline):
+        members = {(tensor, expert): ranks[tensor, stage, expert] for tensor, _, expert in ranks}
+        for member in members.values():
+            _check_alike(member, members[0, 0])
+        for key, shards in _stage_shards(members, sizes, layers_before):
+            if key in merged:
+                raise ValueError(f"{shards[0]} is in an earlier stage too: {merged[key][0]}; expected one of them.")
+            merged[key] = shards
+        layers_before += _count(key.layer for key in members[0, 0].tensors)
+    return merged
 
 
-def _checked(recipes: Iterator[Recipe], config: Any, folder: Path) -> list[Recipe]:
-    """In the model's order, each tensor of the model once and of the right shape."""
+def _stage_shards(
+    members: dict[tuple[int, int], _Rank], sizes: _Sizes, layers_before: int
+) -> Iterator[tuple[_Key, tuple[StoredTensor, ...]]]:
+    local_experts = _count(key.expert for key in members[0, 0].tensors)
+    for key in members[0, 0].tensors:
+        layer = None if key.layer is None else key.layer + layers_before
+        for rank in range(1 if key.expert is None else sizes.expert):
+            expert = None if key.expert is None else key.expert + rank * local_experts
+            shards = tuple(members[tensor, rank].tensors[key] for tensor in range(sizes.tensor))
+            yield _Key(key.part, layer, expert), shards
+
+
+def _count(numbers: Iterator[int | None]) -> int:
+    return 1 + max((number for number in numbers if number is not None), default=-1)
+
+
+# --- the config
+
+
+def _check_arguments(rank: _Rank) -> None:
+    """
+    Raises:
+        ValueError: the model computes something that no Skywork model does, and its tensors would not show it.
+    """
+    for name, allowed in _COMPUTED.items():
+        value = getattr(rank.args, name, None)
+        if value is not None and value not in allowed:
+            raise ValueError(f"{rank.file} was trained with {name}={value!r}; a Skywork model has {allowed[0]!r}.")
+
+
+def _key_value_heads(args: Namespace) -> int | None:
+    if getattr(args, "group_query_attention", False):
+        return getattr(args, "num_query_groups", None)
+    return getattr(args, "num_attention_heads", None)
+
+
+def _checked_config(config: SkyworkConfig | SkyworkMoeConfig, rank: _Rank) -> SkyworkConfig | SkyworkMoeConfig:
+    """The config that was given, for experts in one module each; refused where the shapes would not tell."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError("The config has a `quantization_config`, and Megatron-LM's weights are plain: remove it.")
+    untied = getattr(rank.args, "untie_embeddings_and_output_weights", None)
+    compared = {
+        "num_attention_heads": getattr(rank.args, "num_attention_heads", None),
+        "num_key_value_heads": _key_value_heads(rank.args),
+        "tie_word_embeddings": None if untied is None else not untied,
+    }
+    for field, value in compared.items():
+        if value is not None and getattr(config, field) != value:
+            raise ValueError(
+                f"The config's `{field}` is {getattr(config, field)}, and {rank.file} was trained with {value}: take "
+                "the config.json of this model."
+            )
+    return config_of(config.to_dict())
+
+
+def _config_of_arguments(rank: _Rank, shards: _Shards) -> SkyworkConfig | SkyworkMoeConfig:
+    args = {name: value for name, value in vars(rank.args).items() if value is not None}
+    needed = dict(_NEEDED)
+    if args.get("num_experts"):
+        needed["num_experts_per_tok"] = ("moe_router_topk",)
+    if args.get("group_query_attention"):
+        needed["num_key_value_heads"] = ("num_query_groups",)
+    raw = {field: next((args[name] for name in names if name in args), None) for field, names in needed.items()}
+    if lacking := [" or ".join(names) for field, names in needed.items() if raw[field] is None]:
+        raise ValueError(
+            f"The arguments in {rank.file} lack {', '.join(lacking)}: pass a config.json of the model that says it."
+        )
+    embedding = shards.get(_Key(_EMBEDDING))
+    raw["dtype"] = args.get("params_dtype") or (embedding[0].dtype if embedding else None)
+    raw["rope_theta"] = float(args.get("rotary_base", 10000.0))
+    if factor := args.get("rotary_seq_len_interpolation_factor"):
+        raw["rope_scaling"] = {"type": "linear", "factor": float(factor)}
+    raw["tie_word_embeddings"] = not args.get("untie_embeddings_and_output_weights", _Key(_HEAD) in shards)
+    raw |= _expert_fields(args.get("num_experts"), shards)
+    return SkyworkConfig.from_dict(raw)
+
+
+def _expert_fields(experts: Any, shards: _Shards) -> dict[str, Any]:
+    if not experts:
+        return {}
+    with_experts = [key.layer for key in shards if key.part == _ROUTER and key.layer is not None]
+    return {"num_experts": experts, "moe_expert_interval": 1 + min(with_experts, default=0)}
+
+
+# --- recipes
+
+
+def _recipes(config: SkyworkConfig | SkyworkMoeConfig, shards: _Shards, first: _Rank) -> list[Recipe]:
+    """One recipe for each group of the model's tensors, in the model's order; checks that nothing is left over."""
     shapes = hub_shapes(config)
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
-    order = {name: place for place, name in enumerate(shapes)}
-    made = list(recipes)
-    for product in (product for recipe in made for product in recipe.products):
-        if product.name not in shapes:
-            raise ValueError(f"{folder} holds `{product.name}`, which a model of this config does not have.")
-        if product.shape != shapes[product.name]:
-            raise ValueError(
-                f"`{product.name}` of {folder} is {list(product.shape)}; the config says {list(shapes[product.name])}."
-            )
-    names = {product.name for recipe in made for product in recipe.products}
-    if missing := [name for name in shapes if name not in names]:
+    plan = dict(_plan(config))
+    _check_plan(plan, shapes)
+    _check_counts(config, shards, first)
+    slices = _slice_shapes(config, first)
+    recipes = []
+    for key, names in plan.items():
+        if key not in shards:
+            raise ValueError(_missing_text(key, names[0], first))
+        _check_slices(key, shards[key], slices, config)
+        dtype = shards[key][0].dtype
+        products = tuple(Product(name, dtype, shapes[name]) for name in names)
+        recipes.append(_recipe(key.part, products, shards[key], config))
+    if extra := [key for key in shards if key not in plan]:
         raise ValueError(
-            f"{folder} holds nothing for `{missing[0]}` and {len(missing) - 1} more tensors of the model."
+            f"{shards[extra[0]][0]} is unexpected: the config has no {_key_text(extra[0])}; take the config.json of "
+            "this model."
         )
-    return sorted(made, key=lambda recipe: order[recipe.products[0].name])
+    places = {name: place for place, name in enumerate(shapes)}
+    return sorted(recipes, key=lambda recipe: min(places[made.name] for made in recipe.products))
+
+
+def _plan(config: SkyworkConfig | SkyworkMoeConfig) -> Iterator[tuple[_Key, tuple[str, ...]]]:
+    """What the Hub's tensors are made of: the key of the shards, and the names of what they become."""
+    yield _Key(_EMBEDDING), ("model.embed_tokens.weight",)
+    for layer in range(config.num_hidden_layers):
+        hub = f"model.layers.{layer}"
+        yield _Key(_INPUT_NORM, layer), (f"{hub}.input_layernorm.weight",)
+        yield _Key(_QKV, layer), tuple(f"{hub}.self_attn.{part}_proj.weight" for part in "qkv")
+        yield _Key(_ATTENTION_OUTPUT, layer), (f"{hub}.self_attn.o_proj.weight",)
+        yield _Key(_MLP_NORM, layer), (f"{hub}.post_attention_layernorm.weight",)
+        if isinstance(config, SkyworkMoeConfig) and config.is_moe_layer(layer):
+            yield from _experts_plan(layer, f"{hub}.block_sparse_moe", config.num_local_experts)
+        else:
+            yield _Key(_FC1, layer), (f"{hub}.mlp.gate_proj.weight", f"{hub}.mlp.up_proj.weight")
+            yield _Key(_FC2, layer), (f"{hub}.mlp.down_proj.weight",)
+    yield _Key(_FINAL_NORM), ("model.norm.weight",)
+    if not config.tie_word_embeddings:
+        yield _Key(_HEAD), ("lm_head.weight",)
+
+
+def _experts_plan(layer: int, hub: str, experts: int) -> Iterator[tuple[_Key, tuple[str, ...]]]:
+    yield _Key(_ROUTER, layer), (f"{hub}.gate.weight",)
+    for expert in range(experts):
+        yield _Key(_FC1, layer, expert), (f"{hub}.experts.{expert}.w1.weight", f"{hub}.experts.{expert}.w3.weight")
+        yield _Key(_FC2, layer, expert), (f"{hub}.experts.{expert}.w2.weight",)
+
+
+def _check_plan(plan: dict[_Key, tuple[str, ...]], shapes: dict[str, tuple[int, ...]]) -> None:
+    planned = {name for names in plan.values() for name in names}
+    for name in shapes:
+        if name not in planned:
+            raise ValueError(
+                f"The config asks for `{name}`, which no checkpoint of Megatron-LM holds: a language model with a "
+                "gate of one matrix (`moe_2layer_gate` false) is read."
+            )
+
+
+def _check_counts(config: SkyworkConfig | SkyworkMoeConfig, shards: _Shards, first: _Rank) -> None:
+    found = {"layers": _count(key.layer for key in shards), "experts": _count(key.expert for key in shards)}
+    expected = {"layers": config.num_hidden_layers, "experts": getattr(config, "num_local_experts", 0)}
+    for what, number in found.items():
+        if number != expected[what]:
+            raise ValueError(
+                f"The ranks in {first.file.parent.parent} hold {number} {what}, and the config says "
+                f"{expected[what]}: copy what is missing, or take the config.json of this model."
+            )
+
+
+def _missing_text(key: _Key, name: str, first: _Rank) -> str:
+    spellings = {**_MODEL_NAMES, **_LAYER_NAMES, _FINAL_NORM: _FINAL_NORM_NAMES}[key.part]
+    expected = (_EXPERT_NAMES if key.expert is not None else {key.part: spellings})[key.part]
+    return (
+        f"No rank in {first.file.parent.parent} holds the {_key_text(key)}, which `{name}` is made of: expected a key "
+        f"that ends in {' or '.join(expected)}; copy the checkpoint again, or take the config.json of this model."
+    )
+
+
+def _key_text(key: _Key) -> str:
+    layer = "" if key.layer is None else f" of layer {key.layer}"
+    return key.part + (layer if key.expert is None else f" of expert {key.expert}{layer}")
+
+
+def _head_dim(config: SkyworkConfig | SkyworkMoeConfig) -> int:
+    return config.head_dim or config.hidden_size // config.num_attention_heads
+
+
+def _slice_shapes(config: SkyworkConfig | SkyworkMoeConfig, first: _Rank) -> dict[str, tuple[int, ...]]:
+    """What one tensor-parallel rank holds of each part of a layer."""
+    ranks, hidden, width = first.sizes.tensor, config.hidden_size, config.intermediate_size
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    for field, number in (("num_key_value_heads", kv_heads), ("intermediate_size", width)):
+        if number % ranks:
+            raise ValueError(
+                f"{first.file} is of {ranks} tensor-parallel ranks, which do not divide the config's `{field}`="
+                f"{number}: take the config.json of this model."
+            )
+    return {
+        _QKV: ((heads + 2 * kv_heads) * _head_dim(config) // ranks, hidden),
+        _ATTENTION_OUTPUT: (hidden, heads * _head_dim(config) // ranks),
+        _FC1: (2 * width // ranks, hidden),
+        _FC2: (hidden, width // ranks),
+        _ROUTER: (getattr(config, "num_local_experts", 0), hidden),
+        **dict.fromkeys((_INPUT_NORM, _MLP_NORM, _FINAL_NORM), (hidden,)),
+    }
+
+
+def _check_slices(
+    key: _Key,
+    shards: tuple[StoredTensor, ...],
+    slices: dict[str, tuple[int, ...]],
+    config: SkyworkConfig | SkyworkMoeConfig,
+) -> None:
+    shape = shards[0].shape
+    if key.part in slices:
+        fits, expected = shape == slices[key.part], str(list(slices[key.part]))
+    else:
+        fits = shape[1:] == (config.hidden_size,) and shape[0] * len(shards) >= config.vocab_size
+        expected = f"{config.hidden_size} columns and at least {config.vocab_size} rows in all ranks"
+    if not fits:
+        raise ValueError(
+            f"{shards[0]} is {list(shape)}; for the config it would be {expected} ({len(shards)} tensor-parallel "
+            "ranks): take the config.json of this model."
+        )
+
+
+def _recipe(
+    part: str,
+    products: tuple[Product, ...],
+    shards: tuple[StoredTensor, ...],
+    config: SkyworkConfig | SkyworkMoeConfig,
+) -> Recipe:
+    if part in (_INPUT_NORM, _MLP_NORM, _FINAL_NORM, _ROUTER):
+        return Recipe(products, shards[:1])  # the same in every rank
+    makes: dict[str, Make] = {
+        _QKV: partial(_split_qkv, config.num_key_value_heads or config.num_attention_heads, _head_dim(config)),
+        _FC1: _split_gate_up,
+        _FC2: _join_columns,
+        _ATTENTION_OUTPUT: _join_columns,
+    }
+    return Recipe(products, shards, makes.get(part, partial(_join_rows, config.vocab_size)))
+
+
+def _join_rows(rows: int, shards: list[torch.Tensor]) -> list[torch.Tensor]:
+    """All ranks' rows below each other, without the padding."""
+    return [torch.cat(shards)[:rows]]
+
+
+def _join_columns(shards: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [torch.cat(shards, dim=1)]
+
+
+def _split_qkv(kv_heads: int, head_dim: int, shards: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Queries, keys and values; the rows are, for each key/value head, its queries, its key and its value."""
+    fused = torch.cat(shards)
+    groups = fused.view(kv_heads, -1, fused.shape[1])
+    parts = groups.split([groups.shape[1] - 2 * head_dim, head_dim, head_dim], dim=1)
+    return [part.reshape(-1, fused.shape[1]) for part in parts]
+
+
+def _split_gate_up(shards: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Gate and up projection; each rank has its rows of the one above its rows of the other."""
+    gates, ups = zip(*(shard.chunk(2) for shard in shards), strict=True)
+    return [torch.cat(gates), torch.cat(ups)]
