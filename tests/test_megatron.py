@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import io
+import random
 import re
 import shutil
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -18,7 +21,7 @@ from tiny import checkpoint, golden, tiny_dense_config, tiny_moe_config, tokens
 
 from skywork_hf import SkyworkConfig, SkyworkForCausalLM, SkyworkMoeConfig, SkyworkMoeForCausalLM
 from skywork_hf.checkpoints.megatron import is_megatron, read_megatron
-from skywork_hf.checkpoints.readers import Reader
+from skywork_hf.checkpoints.readers import Reader, load_pickle
 
 GOLDEN = {"skywork-13b-tiny": SkyworkForCausalLM, "skywork-moe-tiny": SkyworkMoeForCausalLM}
 TOLERANCE = 2e-5
@@ -439,7 +442,7 @@ def refused(folder: Path, *words: str, config: Any = None) -> None:
 
 def change(file: Path, **changes: Any) -> None:
     """Rewrite a rank's content; a change is a new value, or a function of the old one."""
-    content = torch.load(file, weights_only=False)
+    content = load_pickle(file)
     for key, value in changes.items():
         content[key] = value(content[key]) if callable(value) else value
     torch.save(content, file)
@@ -490,7 +493,7 @@ def test_folders_that_hold_nothing(tmp_path):
 def test_ranks_that_do_not_fit_each_other(run):
     key = "decoder.layers.0.mlp.linear_fc2.weight"
     file = rank_file(run, "mp_rank_01_000")
-    kept = torch.load(file, weights_only=False)["model"][key]
+    kept = load_pickle(file)["model"][key]
     change_model(file, **{key: torch.ones(32, 23)})
     refused(run, f"`model/{key}` in {file}", "[32, 23]", "[32, 24]", "mp_rank_00_000")
     change_model(file, **{key: kept.half()})
@@ -603,7 +606,7 @@ def test_pickles_that_hold_something_else(run):
     refused(run, f"{file} cannot be read as a checkpoint", "refused")
     change(file, rng_state=None, args={"hidden_size": 32})
     refused(run, f"{file} holds no `args`")
-    content = torch.load(rank_file(run, "mp_rank_00_000"), weights_only=False)
+    content = load_pickle(rank_file(run, "mp_rank_00_000"))
     content["model0"] = content.pop("model")
     torch.save(content, rank_file(run, "mp_rank_00_000"))
     refused(run, "holds no `model`", "interleaved")
@@ -611,3 +614,13 @@ def test_pickles_that_hold_something_else(run):
     refused(run, "holds no `args`")
     rank_file(run, "mp_rank_00_000").write_bytes(b"PK cut off")
     refused(run, "cannot be read as a checkpoint")
+
+
+def test_states_of_random_generators_are_read_past(tmp_path):
+    """As Megatron-LM saves them: tuples of Python and numpy with an array, tensors, and in a layer a buffer."""
+    state = {"random": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    file = tmp_path / "model_optim_rng.pt"
+    content = {"args": argparse.Namespace(num_layers=1), "rng_state": [state], "extra": io.BytesIO(b"fp8")}
+    torch.save({**content, "model": {"weight": torch.ones(2)}}, file)
+    for device in ("cpu", "meta"):
+        assert list(load_pickle(file, device)["model"]) == ["weight"]

@@ -6,6 +6,7 @@ import zipfile
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,20 @@ import torch
 
 from ..headers import StoredTensor
 
-# Of training checkpoints' pickles: the arguments of the run. Everything else that is no tensor is refused.
-MEGATRON_GLOBALS: list[Any] = [Namespace]
+# numpy's own way to pickle an array; older ones name it otherwise.
+_RECONSTRUCT = np.empty(0).__reduce__()[0]
+# In training checkpoints' pickles: the arguments of the run, the states of random number generators, which are arrays,
+# and buffers of bytes. Everything else that is no tensor is refused.
+MEGATRON_GLOBALS: list[Any] = [
+    Namespace,
+    BytesIO,
+    np.ndarray,
+    np.dtype,
+    type(np.dtype("uint32")),
+    _RECONSTRUCT,
+    (_RECONSTRUCT, "numpy.core.multiarray._reconstruct"),
+    (_RECONSTRUCT, "numpy._core.multiarray._reconstruct"),
+]
 _OPEN_FILES = 4
 
 
