@@ -230,7 +230,13 @@ class SkyworkMoeConfig(_SkyworkConfigMixin, MixtralConfig):
     Args:
         num_local_experts: experts in each MoE layer (`num_experts` is the same field).
         num_experts_per_tok: experts chosen for each token, the top_k.
-        router_aux_loss_coef: weight of the load-balancing loss (tech report of Skywork-MoE, eq. 4).
+        router_aux_loss_coef: weight of the load-balancing loss (tech report of Skywork-MoE, eq. 4); where it adapts,
+            what each layer begins with.
+        router_aux_loss_xi: times a layer's drop rate this is what its adapting weight goes to (eq. 7).
+        router_aux_loss_alpha_max: the most that it goes to (eq. 7).
+        router_aux_loss_beta: how much of it stays in each step (eq. 9).
+        router_capacity_factor: with it the drop rate is counted: an expert would take this many times its even share
+            of the tokens, and drop the rest. Nothing is ever dropped.
         moe_expert_interval: layer N is a MoE layer where (N + 1) % interval == 0; other layers are dense.
         moe_2layer_gate: the gate is hidden to 8 x experts, tanh, to experts, instead of one matrix.
         moe_use_logits_norm: divide the gate's logits by their standard deviation over the experts (eq. 6).
@@ -245,6 +251,8 @@ class SkyworkMoeConfig(_SkyworkConfigMixin, MixtralConfig):
     """
 
     model_type = "skywork_moe"
+    # What the Trainer would otherwise gather from all batches of an evaluation.
+    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "router_logits"]
 
     vocab_size: int = 65519
     hidden_size: int = 4608
@@ -257,6 +265,10 @@ class SkyworkMoeConfig(_SkyworkConfigMixin, MixtralConfig):
     pad_token_id: int | None = 0
     num_local_experts: int = 16
     router_aux_loss_coef: float = 0.01
+    router_aux_loss_xi: float = 0.2
+    router_aux_loss_alpha_max: float = 0.01
+    router_aux_loss_beta: float = 0.99
+    router_capacity_factor: float | int = 1.0
     moe_expert_interval: int = 1
     moe_2layer_gate: bool = False
     moe_use_logits_norm: bool = True
@@ -307,6 +319,13 @@ class SkyworkMoeConfig(_SkyworkConfigMixin, MixtralConfig):
             raise ValueError(f"`moe_gate_norm_std`={self.moe_gate_norm_std}: expected a number above 0.")
         if self.moe_expert_interval < 1:
             raise ValueError(f"`moe_expert_interval`={self.moe_expert_interval}: expected an integer of at least 1.")
+        if not 0 <= self.router_aux_loss_beta < 1:
+            raise ValueError(f"`router_aux_loss_beta`={self.router_aux_loss_beta}: expected 0 to below 1.")
+        for field in ("router_aux_loss_xi", "router_aux_loss_alpha_max"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"`{field}`={getattr(self, field)}: expected 0 or more.")
+        if not self.router_capacity_factor > 0:
+            raise ValueError(f"`router_capacity_factor`={self.router_capacity_factor}: expected a number above 0.")
         if self.router_jitter_noise:
             raise ValueError(f"`router_jitter_noise`={self.router_jitter_noise}: Skywork-MoE's gate has no noise.")
         if self.experts_layout not in EXPERTS_LAYOUTS:

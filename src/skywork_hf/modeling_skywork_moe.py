@@ -76,13 +76,20 @@ def load_balancing_loss(
         float32 [MoE layers], on the device of the first layer's logits.
     """
     device = router_logits[0].device
-    tokens = router_logits[0].shape[0]
-    weight = torch.ones(tokens, device=device)
-    if attention_mask is not None and attention_mask.dim() == 2:
-        weight = attention_mask[:, -(tokens // attention_mask.shape[0]) :].reshape(-1).to(device, torch.float32)
+    weight = token_weights(router_logits[0], attention_mask)
     weight = weight / weight.sum().clamp_min(1)
     load = torch.stack([weight @ routing_probabilities(logits.to(device), config) for logits in router_logits])
     return (1 / config.num_local_experts - load).square().sum(dim=-1)
+
+
+def token_weights(router_logits: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """float32 [batch * tokens]: 1 for each row of `router_logits`, 0 where it is padding; see
+    `load_balancing_loss` for the mask."""
+    tokens = router_logits.shape[0]
+    if attention_mask is None or attention_mask.dim() != 2:
+        return torch.ones(tokens, device=router_logits.device)
+    mask = attention_mask[:, -(tokens // attention_mask.shape[0]) :]
+    return mask.reshape(-1).to(router_logits.device, torch.float32)
 
 
 class SkyworkMoeGate(MixtralTopKRouter):
@@ -357,6 +364,10 @@ class SkyworkMoeModel(SkyworkMoePreTrainedModel, MixtralModel):
 class SkyworkMoeForCausalLM(SkyworkMoePreTrainedModel, MixtralForCausalLM):
     """Skywork-MoE with its language-model head: `logits` [batch, tokens, vocab_size]."""
 
+    # float32 [MoE layers], one coefficient of the auxiliary loss for each layer while these adapt to the drop rates;
+    # None: `config.router_aux_loss_coef` for all.
+    aux_loss_coefficients: torch.Tensor | None = None
+
     def __init__(self, config: SkyworkMoeConfig) -> None:
         # Past MixtralForCausalLM's own, which would build a MixtralModel.
         SkyworkMoePreTrainedModel.__init__(self, config)
@@ -380,8 +391,12 @@ class SkyworkMoeForCausalLM(SkyworkMoePreTrainedModel, MixtralForCausalLM):
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
         """As `MixtralForCausalLM.forward`, but for the auxiliary loss: `aux_loss`, given where router logits are asked
-        for, is the sum over the MoE layers of `load_balancing_loss`, and `loss` then contains it times
-        `config.router_aux_loss_coef`."""
+        for, is the sum over the MoE layers of `load_balancing_loss`, and `loss` then contains each layer's times
+        `config.router_aux_loss_coef` or its own of `aux_loss_coefficients`.
+
+        Where a batch is a part of a step, and the Trainer says by `num_items_in_batch` how many target tokens the
+        step has, the batch's auxiliary loss counts by its share of these, so that a step has the mean over its
+        batches, and not the sum."""
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         outputs = self.model(
@@ -401,9 +416,11 @@ class SkyworkMoeForCausalLM(SkyworkMoePreTrainedModel, MixtralForCausalLM):
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
         aux_loss = None
         if output_router_logits:
-            aux_loss = load_balancing_loss(outputs.router_logits, self.config, attention_mask).sum()
-            if loss is not None:
-                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+            layer_losses = load_balancing_loss(outputs.router_logits, self.config, attention_mask)
+            aux_loss = layer_losses.sum()
+            if loss is not None and labels is not None:
+                share = _share_of_step(labels, kwargs.get("shift_labels"), kwargs.get("num_items_in_batch"))
+                loss = loss + (share * self._weighted(layer_losses)).to(loss.device)
 
         return MoeCausalLMOutputWithPast(
             loss=loss,
@@ -414,6 +431,22 @@ class SkyworkMoeForCausalLM(SkyworkMoePreTrainedModel, MixtralForCausalLM):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+    def _weighted(self, layer_losses: torch.Tensor) -> torch.Tensor:
+        if self.aux_loss_coefficients is None:
+            return self.config.router_aux_loss_coef * layer_losses.sum()
+        return self.aux_loss_coefficients.to(layer_losses.device) @ layer_losses
+
+
+def _share_of_step(
+    labels: torch.Tensor, shift_labels: torch.Tensor | None, items: torch.Tensor | int | None
+) -> torch.Tensor | float:
+    """How much of the target tokens of an optimiser's step, of which there are `items`, a batch has."""
+    if items is None:
+        return 1.0
+    targets = labels[..., 1:] if shift_labels is None else shift_labels
+    targets_here = targets.ne(-100).sum()
+    return targets_here / (items.to(targets_here.device) if isinstance(items, torch.Tensor) else items)
 
 
 __all__ = ["SkyworkMoeForCausalLM", "SkyworkMoeModel", "SkyworkMoePreTrainedModel"]

@@ -18,6 +18,7 @@ from transformers.quantizers import auto as quantizers_auto
 from transformers.utils import logging
 
 from .configuration_skywork import FP8_METHOD, SkyworkConfig, SkyworkMoeConfig
+from .importing import when_imported
 from .loading import SkyworkLoadingMixin
 from .modeling_skywork import SkyworkForCausalLM, SkyworkForSequenceClassification, SkyworkModel
 from .modeling_skywork_moe import SkyworkMoeForCausalLM, SkyworkMoeModel
@@ -50,6 +51,7 @@ def register() -> None:
     SkyworkLoadingMixin._load_placed = staticmethod(load_placed)
     _register_quantizer(FP8_METHOD, SkyworkFp8Config, SkyworkFp8Quantizer)
     _register_quantizer(INT8_METHOD, SkyworkInt8Config, SkyworkInt8Quantizer)
+    when_imported("transformers.trainer", _report_router_load)
 
 
 def _register_quantizer(method: str, config_class: Any, quantizer_class: Any) -> None:
@@ -60,6 +62,14 @@ def _register_quantizer(method: str, config_class: Any, quantizer_class: Any) ->
     overriding: Any = quantizers_auto.LOADING_ATTRIBUTES_CONFIG_TYPES
     if config_class not in overriding:
         quantizers_auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*overriding, config_class)
+
+
+def _report_router_load(trainer: Any) -> None:
+    """Among the default callbacks, as these are called before tensorboard and the like; see `ReportRouterLoad`."""
+    from .training.aux_loss import ReportRouterLoad  # needs the Trainer's module itself
+
+    if ReportRouterLoad not in trainer.DEFAULT_CALLBACKS:
+        trainer.DEFAULT_CALLBACKS.append(ReportRouterLoad)
 
 
 def _warn_if_taken(registry: Any, name: str, ours: type) -> None:

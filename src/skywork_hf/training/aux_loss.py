@@ -1,0 +1,181 @@
+"""Coefficients of the auxiliary loss that follow the drop rates, layer by layer, while a Trainer trains."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import reduce
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
+
+from ..configuration_skywork import SkyworkMoeConfig
+from ..modeling_skywork_moe import SkyworkMoeForCausalLM
+from .router_load import RouterLoad, router_load
+
+logger = logging.get_logger(__name__)
+
+PREFIX = "router/"
+FIGURE = "router.png"
+
+
+def adapted(coefficients: torch.Tensor, drop_rates: torch.Tensor, config: SkyworkMoeConfig) -> torch.Tensor:
+    """The coefficients after a step (tech report of Skywork-MoE, eq. 7-9): alpha_hat = min(xi * d, alpha_max), and
+    alpha = beta * alpha + (1 - beta) * alpha_hat.
+
+    Args:
+        coefficients: float64 [MoE layers], alpha before the step.
+        drop_rates: float64 [MoE layers], d of the step.
+
+    Returns:
+        float64 [MoE layers].
+    """
+    beta = config.router_aux_loss_beta
+    target = (config.router_aux_loss_xi * drop_rates).clamp_max(config.router_aux_loss_alpha_max)
+    return beta * coefficients + (1 - beta) * target
+
+
+class AdaptiveAuxLossCallback(TrainerCallback, ExportableState):
+    """Lets the coefficient of each MoE layer's auxiliary loss follow the layer's drop rate (tech report of
+    Skywork-MoE, eq. 4 and 7-9), for any Trainer: `Trainer(..., callbacks=[AdaptiveAuxLossCallback()])`.
+
+    It makes the model add the auxiliary loss while it trains, not while it evaluates. After each step of the optimiser
+    the drop rates of all its batches, on all processes, change the coefficients; where they begin and how they change
+    is in the model's config (`router_aux_loss_coef`, `_xi`, `_alpha_max`, `_beta` and `router_capacity_factor`).
+    Checkpoints of the Trainer hold them, and training resumes with them.
+
+    Logged with the loss, under `router/`: for each layer and as means over the layers, the coefficient and what
+    `RouterLoad.statistics` has. The console shows the means. At the end `router.png` in the output folder shows the
+    gates' distributions, the ratios and the coefficients (report, figures 2-4); it needs matplotlib, the `figures`
+    extra.
+
+    Raises, when training begins:
+        ValueError: the model is no Skywork-MoE with a language-model head, one process would train on several GPUs
+            (nn.DataParallel), or a resumed checkpoint is of another number of layers.
+    """
+
+    def __init__(self) -> None:
+        self.coefficients: list[float] | None = None  # alpha of each MoE layer
+        self._model: Any = None
+        self._load: RouterLoad | None = None  # of the step's batches so far
+        self._last: RouterLoad | None = None  # of the last whole step, of all processes
+        self._handles: list[Any] = []
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"coefficients": self.coefficients}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"One process trains on {args.n_gpu} GPUs, whose routing cannot be counted together: start one "
+                "process for each (torchrun or accelerate launch), or name one in CUDA_VISIBLE_DEVICES."
+            )
+        self._remove_hooks()  # of a training that was broken off
+        self._model = _moe_of(model)
+        self.coefficients = self._first_coefficients(state)
+        # Where a checkpoint was written without this callback, the Trainer misses its place.
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self._set_coefficients()
+        self._handles = [
+            self._model.register_forward_pre_hook(_ask_for_router_logits, with_kwargs=True),
+            self._model.register_forward_hook(self._observe, with_kwargs=True),
+        ]
+
+    def _first_coefficients(self, state: Any) -> list[float]:
+        config, layers = self._model.config, len(moe_layers(self._model.config))
+        stored = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}).get("coefficients")
+        if state.global_step == 0 or stored is None:
+            return [config.router_aux_loss_coef] * layers
+        if len(stored) != layers:
+            raise ValueError(
+                f"The checkpoint to resume holds coefficients of the auxiliary loss for {len(stored)} MoE layers, the "
+                f"model has {layers}: resume with the model that was trained, or start anew."
+            )
+        return list(stored)
+
+    def _set_coefficients(self) -> None:
+        self._model.aux_loss_coefficients = torch.tensor(self.coefficients, device=self._model.device)
+
+    def _observe(self, model: Any, args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
+        if model.training and outputs.router_logits is not None:
+            load = router_load(outputs.router_logits, model.config, kwargs.get("attention_mask"))
+            self._load = load if self._load is None else self._load + load
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self._load is None:
+            return
+        sums: Any = reduce(self._load.sums, reduction="sum")
+        self._last, self._load = RouterLoad(sums.cpu(), self._load.top_k), None
+        before = torch.tensor(self.coefficients, dtype=torch.float64)
+        self.coefficients = adapted(before, self._last.drop_rates, self._model.config).tolist()
+        self._set_coefficients()
+        model.router_metrics = self._metrics() if control.should_log else None
+
+    def _metrics(self) -> dict[str, float]:
+        """What is logged of the last step."""
+        assert self._last is not None
+        per_layer = {"coefficient": torch.tensor(self.coefficients, dtype=torch.float64), **self._last.statistics()}
+        metrics = {f"{PREFIX}{name}": values.mean().item() for name, values in per_layer.items()}
+        for row, layer in enumerate(moe_layers(self._model.config)):
+            metrics |= {f"{PREFIX}layer_{layer:02}/{name}": values[row].item() for name, values in per_layer.items()}
+        return metrics
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        # Whatever reports was called before this, by `ReportRouterLoad`; the console comes after.
+        for name in [name for name in logs or {} if name.startswith(f"{PREFIX}layer_")]:
+            del logs[name]
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._remove_hooks()
+        self._model.aux_loss_coefficients = None
+        model.router_metrics = None
+        if state.is_world_process_zero and self._last is not None:
+            self._draw(state, Path(args.output_dir) / FIGURE)
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._load = [], None
+
+    def _draw(self, state: Any, path: Path) -> None:
+        assert self._last is not None
+        if importlib.util.find_spec("matplotlib") is None:
+            logger.warning(f"{path.name} is not drawn: it needs matplotlib (pip install skywork-hf[figures]).")
+            return
+        from .picture import draw_router
+
+        draw_router(state.log_history, self._last, moe_layers(self._model.config), path)
+
+
+class ReportRouterLoad(TrainerCallback):
+    """Puts what `AdaptiveAuxLossCallback` measured into the Trainer's logs before tensorboard and the like see them:
+    these are called before any callback of the user's, so this one is among the Trainer's default callbacks."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
+        metrics = getattr(model, "router_metrics", None)
+        if metrics and "loss" in (logs or {}):
+            logs.update(metrics)
+            state.log_history[-1].update(metrics)
+            model.router_metrics = None
+
+
+def moe_layers(config: SkyworkMoeConfig) -> list[int]:
+    """The numbers of the MoE layers, from 0."""
+    return [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
+
+
+def _moe_of(model: Any) -> SkyworkMoeForCausalLM:
+    """The model itself, below adapters and wrappers."""
+    for module in model.modules():
+        if isinstance(module, SkyworkMoeForCausalLM):
+            return module
+    raise ValueError(
+        f"AdaptiveAuxLossCallback trains SkyworkMoeForCausalLM; {type(model).__name__} holds none: leave it out."
+    )
+
+
+def _ask_for_router_logits(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    return (args, {**kwargs, "output_router_logits": True}) if model.training else None
