@@ -1,38 +1,355 @@
-"""PEFT's adapters on the experts of both layouts survive a round trip."""
+"""PEFT's adapters on attention and experts: over every precision, in both layouts, trained, merged and loaded back."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from tiny import LAYOUTS, tiny_moe_config
+from simulated_device import SimulatedDevices
+from test_placement_dispatch import GPUS, expert_map
+from tiny import LAYOUTS, tiny_dense_config, tiny_moe_config, tokens
+from torch import nn
+from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from skywork_hf import SkyworkMoeForCausalLM
+from skywork_hf import SkyworkForCausalLM, SkyworkFp8Config, SkyworkInt8Config, SkyworkMoeForCausalLM
 
+peft = pytest.importorskip("peft")
+from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
+
+SIZES = {"hidden_size": 64, "intermediate_size": 128}  # 4 bit on a CPU wants multiples of 64
+NATIVE = {"fp8": SkyworkFp8Config, "int8": SkyworkInt8Config}
+PRECISIONS = ("float32", "bfloat16", *NATIVE, "bnb int8", "bnb nf4")
+EXPERTS = ["w1", "w2", "w3"]
 TARGETS = {
-    "modular": {"target_modules": ["q_proj", "w1", "w2", "w3"]},
+    "modular": {"target_modules": ["q_proj", *EXPERTS]},
     "fused": {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
 }
+ADAPTERS = {
+    "lora": lambda **options: peft.LoraConfig(r=4, target_modules=["q_proj", *EXPERTS], **options),
+    "rslora": lambda **options: peft.LoraConfig(r=4, target_modules=["q_proj", *EXPERTS], use_rslora=True, **options),
+    "dora": lambda **options: peft.LoraConfig(r=4, target_modules=["q_proj", *EXPERTS], use_dora=True, **options),
+    "ia3": lambda **options: peft.IA3Config(
+        target_modules=["k_proj", "v_proj", "w2"], feedforward_modules=["w2"], **options
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("base")
+    SkyworkMoeForCausalLM(tiny_moe_config(**SIZES, moe_2layer_gate=True)).save_pretrained(path)
+    return path
+
+
+def load(path: Path, precision: str = "float32", **options: Any) -> Any:
+    if precision in NATIVE:
+        options["quantization_config"] = NATIVE[precision]()
+    elif precision.startswith("bnb"):
+        pytest.importorskip("bitsandbytes")
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=precision == "bnb int8", load_in_4bit=precision == "bnb nf4", bnb_4bit_quant_type="nf4"
+        )
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    return SkyworkMoeForCausalLM.from_pretrained(path, dtype=dtype, **options)
+
+
+def adapt(model: Any, config: Any) -> Any:
+    """With adapters that change something, the same ones in every model."""
+    torch.manual_seed(5)
+    adapted = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) / 10)
+    return adapted.eval()
+
+
+def adapter_values(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if ".lora_" in name or ".ia3_" in name}
+
+
+def changed(model: Any, before: dict[str, torch.Tensor]) -> set[str]:
+    """The names of what is not as it was; by bytes, as float8 cannot be compared."""
+
+    def raw(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.flatten().view(torch.uint8)
+
+    return {name for name, tensor in model.state_dict().items() if not torch.equal(raw(tensor), raw(before[name]))}
+
+
+def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((got.float() - wanted.float()).norm() / wanted.float().norm()).item()
+
+
+# --- what is adapted
+
+
+def linears(layers: int = 2, experts: int = 4) -> set[str]:
+    names = [f"self_attn.{matrix}_proj" for matrix in "qkvo"]
+    names += [f"block_sparse_moe.experts.{expert}.{matrix}" for expert in range(experts) for matrix in EXPERTS]
+    return {f"base_model.model.model.layers.{layer}.{name}" for layer in range(layers) for name in names}
+
+
+def adapted_modules(model: Any) -> set[str]:
+    return {name.partition(".lora_A.")[0] for name, _ in model.named_parameters() if ".lora_A." in name}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_all_linear_is_attention_and_experts(precision, folder):
+    adapted = peft.get_peft_model(load(folder, precision), peft.LoraConfig(r=2, target_modules="all-linear"))
+    assert adapted_modules(adapted) == linears()
+
+
+IMPORTS = {
+    "peft first": "import peft; import skywork_hf",
+    "skywork_hf first": "import sys; import skywork_hf; assert 'peft' not in sys.modules; import peft",
+    "registered twice": "import skywork_hf; skywork_hf.register(); import peft; skywork_hf.register()",
+}
+DEFAULTS = """
+import json
+from peft.utils import constants
+print(json.dumps({
+    name: {model: value[model] for model in ("llama", "mixtral", "skywork", "skywork_moe") if model in value}
+    for name, value in vars(constants).items() if name.startswith("TRANSFORMERS_MODELS_TO_")
+}))
+"""
+
+
+@pytest.mark.parametrize("order", IMPORTS)
+def test_default_targets_are_those_of_llama_and_mixtral(order):
+    command = [sys.executable, "-c", IMPORTS[order] + DEFAULTS]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    mappings = {
+        name.removeprefix("TRANSFORMERS_MODELS_TO_").removesuffix("_MAPPING"): targets
+        for name, targets in json.loads(printed.splitlines()[-1]).items()
+    }
+    for targets in mappings.values():
+        assert targets.get("skywork") == targets.get("llama")
+        assert ("skywork_moe" in targets) == ("llama" in targets)
+    assert mappings["LORA_TARGET_MODULES"]["skywork_moe"] == ["q_proj", "v_proj"]
+    assert mappings["VERA_TARGET_MODULES"]["skywork_moe"] == ["q_proj", "v_proj"]
+    assert mappings["IA3_TARGET_MODULES"]["skywork_moe"] == ["k_proj", "v_proj", "w2"]
+    assert mappings["IA3_FEEDFORWARD_MODULES"]["skywork_moe"] == ["w2"]
+
+
+@pytest.mark.parametrize("make", [lambda: peft.LoraConfig(task_type="CAUSAL_LM"), lambda: peft.IA3Config()])
+@pytest.mark.parametrize("family", ["dense", "moe"])
+def test_a_config_needs_no_targets(make, family):
+    dense = family == "dense"
+    model: Any = SkyworkForCausalLM(tiny_dense_config()) if dense else SkyworkMoeForCausalLM(tiny_moe_config())
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    adapted = peft.get_peft_model(model, make())
+    chosen = set(adapted.active_peft_config.target_modules)
+    assert chosen <= names
+    assert chosen == (
+        {"q_proj", "v_proj"}
+        if "LORA" in adapted.active_peft_config.peft_type
+        else {"k_proj", "v_proj", "down_proj" if dense else "w2"}
+    )
+    ids = tokens()
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for name, p in adapted.named_parameters() if "self_attn" in name and p.requires_grad)
+
+
+def test_every_expert_may_have_its_own_rank(folder, tmp_path):
+    config = peft.LoraConfig(
+        r=2,
+        lora_alpha=2,
+        target_modules=EXPERTS,
+        rank_pattern={r"layers\.1\..*\.experts\.3\.w1": 8, r"experts\.0\.w2": 1},
+        alpha_pattern={r"experts\.0\.w2": 6},
+    )
+    adapted = adapt(load(folder), config)
+    experts = adapted.get_base_model().model.layers[1].block_sparse_moe.experts
+    assert experts[3].w1.lora_A["default"].weight.shape == (8, 64)
+    assert experts[2].w1.lora_A["default"].weight.shape == (2, 64)
+    assert (experts[0].w2.r["default"], experts[0].w2.scaling["default"]) == (1, 6)
+    first = adapted.get_base_model().model.layers[0].block_sparse_moe.experts
+    assert first[3].w1.r["default"] == 2
+    adapted.save_pretrained(tmp_path)
+    ids = tokens()
+    again = peft.PeftModel.from_pretrained(load(folder), tmp_path)
+    assert torch.equal(again(ids).logits, adapted(ids).logits)
+
+
+# --- over quantised weights
+
+
+@pytest.mark.parametrize("kind", NATIVE)
+@pytest.mark.parametrize("how", ["get_peft_model", "add_adapter"])
+def test_adapters_begin_as_over_float32(kind, how, folder):
+    def initial(model: Any) -> dict[str, torch.Tensor]:
+        torch.manual_seed(1)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "w1"])
+        if how == "add_adapter":
+            model.add_adapter(config)
+        else:
+            model = peft.get_peft_model(model, config)
+        return adapter_values(model)
+
+    got, wanted = initial(load(folder, kind)), initial(load(folder))
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert got[name].dtype == torch.float32
+        assert torch.equal(got[name], value)
+
+
+def observed(module: nn.Module) -> list[Any]:
+    """The input and output of a module, when it has run; they keep their gradients, that of the input its own."""
+    tensors: list[Any] = []
+
+    def keep_input(_: nn.Module, inputs: Any) -> Any:
+        tensors.append(inputs[0].clone())
+        tensors[0].retain_grad()
+        return (tensors[0], *inputs[1:])
+
+    def keep_output(_: nn.Module, __: Any, output: torch.Tensor) -> None:
+        tensors.append(output)
+        output.retain_grad()
+
+    module.register_forward_pre_hook(keep_input)
+    module.register_forward_hook(keep_output)
+    return tensors
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_gradients_are_those_of_the_definition(precision, rslora, folder):
+    """Given what a layer got and what its outputs' gradient was, no rounding of weights is left to tolerate: every
+    quantised weight is dequantised in float32 for the backward pass. Only 16 bit rounds what goes to the inputs, in
+    two terms and their sum, with 8 bits of mantissa."""
+    rank, alpha = 4, 6
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", use_rslora=rslora)
+    adapted = adapt(load(folder, precision), config).train()
+    real = load(folder, precision)
+    if precision not in ("float32", "bfloat16"):
+        real = real.dequantize()
+    scaling = alpha / rank**0.5 if rslora else alpha / rank
+    paths = ["model.layers.1.self_attn.q_proj", "model.layers.0.block_sparse_moe.experts.2.w2"]
+    seen = {path: observed(adapted.get_base_model().get_submodule(path)) for path in paths}
+    ids = tokens()
+    adapted(input_ids=ids, labels=ids).loss.backward()
+
+    for path in paths:
+        x, g, dx = (seen[path][0].detach(), seen[path][1].grad, seen[path][0].grad)
+        x, g, dx = (value.float().flatten(0, -2) for value in (x, g, dx))
+        layer = adapted.get_base_model().get_submodule(path)
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        weight = real.get_submodule(path).weight.float()
+        assert a.dtype == b.dtype == torch.float32
+        assert error(b.grad, scaling * g.t() @ (x @ a.t())) < 1e-5
+        assert error(a.grad, scaling * (g @ b).t() @ x) < 1e-5
+        assert error(dx, g @ (weight + scaling * b @ a)) < (1e-2 if precision == "bfloat16" else 1e-5)
+
+
+@pytest.mark.parametrize("kind", NATIVE)
+@pytest.mark.parametrize("adapter", ["dora", "ia3"])
+@torch.no_grad()
+def test_adapters_see_the_real_weights(adapter, kind, folder):
+    """DoRA by the norm of each row; both by what the whole model gives."""
+    ids = tokens()
+    config = ADAPTERS[adapter]()
+    fresh = peft.get_peft_model(load(folder, kind), config)
+    torch.testing.assert_close(fresh(ids).logits, load(folder, kind)(ids).logits)  # they begin by changing nothing
+    if adapter == "dora":
+        layer = fresh.get_base_model().model.layers[0].block_sparse_moe.experts[1].w1
+        norms = layer.get_base_layer().dequantize(torch.float32).weight.norm(dim=1)
+        torch.testing.assert_close(layer.lora_magnitude_vector["default"].weight, norms)
+    adapted = adapt(load(folder, kind), config)
+    real = adapt(load(folder, kind).dequantize(), config)
+    change = error(real(ids).logits, load(folder)(ids).logits)
+    assert error(adapted(ids).logits, real(ids).logits) < 0.05 < change  # where a kernel rounds the activations
+
+
+@pytest.mark.parametrize("kind", NATIVE)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@torch.no_grad()
+def test_merging_into_quantised_weights_is_refused_and_the_way_out_works(adapter, kind, folder):
+    adapted = adapt(load(folder, kind), ADAPTERS[adapter]())
+    before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
+    for merge in (adapted.merge_adapter, adapted.merge_and_unload):
+        for safe in (False, True):
+            with pytest.raises(
+                ValueError, match=r"`model\.layers\.0\.self_attn\.\w_proj\.base_layer\.weight` is qu.*16 bit"
+            ):
+                merge(safe_merge=safe)
+    assert not changed(adapted, before)
+
+    adapted.get_base_model().dequantize()
+    ids = tokens()
+    logits = adapted(ids).logits
+    torch.testing.assert_close(adapted.merge_and_unload()(ids).logits, logits, atol=1e-5, rtol=1e-5)
+
+
+def test_merging_past_the_quantised_weights_is_allowed(folder):
+    adapted = adapt(load(folder, "int8"), peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    ids = tokens()
+    logits = adapted(ids).logits
+    torch.testing.assert_close(adapted.merge_and_unload()(ids).logits, logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8", "bnb nf4"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@torch.no_grad()
+def test_an_adapter_of_a_quantised_base_merges_into_the_plain_one(adapter, precision, folder, tmp_path):
+    adapt(load(folder, precision), ADAPTERS[adapter]()).save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(load(folder), tmp_path)
+    ids = tokens()
+    logits = loaded(ids).logits
+    assert error(logits, load(folder)(ids).logits) > 0.05
+    torch.testing.assert_close(loaded.merge_and_unload()(ids).logits, logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", NATIVE)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@torch.no_grad()
+def test_adapters_live_where_their_layer_does(adapter, kind, folder):
+    ids = tokens()
+    wanted = adapt(load(folder, kind), ADAPTERS[adapter]())(ids).logits
+    places = expert_map([GPUS[0], GPUS[1]], [["cpu", GPUS[0], GPUS[1], "cpu"]] * 2)
+    with SimulatedDevices():
+        placed = adapt(load(folder, kind, device_map=places), ADAPTERS[adapter]())
+        for module in placed.modules():
+            if isinstance(module, BaseTunerLayer):
+                assert {parameter.device for parameter in module.parameters()} == {
+                    module.get_base_layer().weight.device
+                }
+        got = placed(ids.to(GPUS[0])).logits.cpu()
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+# --- saved, loaded and merged
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@torch.no_grad()
+def test_merged_logits_are_the_unmerged_ones(adapter, folder):
+    ids = tokens()
+    adapted = adapt(load(folder), ADAPTERS[adapter]())
+    logits = adapted(ids).logits
+    assert error(logits, load(folder)(ids).logits) > 0.05
+    torch.testing.assert_close(adapted.merge_and_unload()(ids).logits, logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_a_lora_of_the_experts_loads_back(layout, tmp_path):
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    model = SkyworkMoeForCausalLM(tiny_moe_config(experts_layout=layout)).eval()
-    model.save_pretrained(tmp_path / "model")
-    ids = torch.arange(3, 15).unsqueeze(0)
-    lora = peft.LoraConfig(r=4, init_lora_weights=False, **TARGETS[layout])
-    adapted = peft.get_peft_model(model, lora).eval()
-    adapted.save_pretrained(tmp_path / "adapter")
-
-    base = SkyworkMoeForCausalLM.from_pretrained(tmp_path / "model", experts_layout=layout)
-    assert not torch.allclose(base(ids).logits, adapted(ids).logits, atol=1e-2)
-    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+def test_a_lora_of_the_experts_loads_back(layout, folder, tmp_path):
+    ids = tokens()
+    adapted = adapt(load(folder, experts_layout=layout), peft.LoraConfig(r=4, **TARGETS[layout]))
+    adapted.save_pretrained(tmp_path)
+    base = load(folder, experts_layout=layout)
+    assert error(base(ids).logits, adapted(ids).logits) > 0.05
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path)
     torch.testing.assert_close(loaded(ids).logits, adapted(ids).logits)
-    base = SkyworkMoeForCausalLM.from_pretrained(tmp_path / "model", experts_layout=layout)
-    base.load_adapter(str(tmp_path / "adapter"))
+    base = load(folder, experts_layout=layout)
+    base.load_adapter(str(tmp_path))
     torch.testing.assert_close(base(ids).logits, adapted(ids).logits)
 
 
@@ -40,3 +357,112 @@ def test_only_the_fused_layout_renames_weights():
     converted = {layout: SkyworkMoeForCausalLM(tiny_moe_config(experts_layout=layout)) for layout in LAYOUTS}
     assert get_model_conversion_mapping(converted["modular"], add_legacy=False) == []
     assert len(get_model_conversion_mapping(converted["fused"], add_legacy=False)) == 2
+
+
+@pytest.mark.parametrize("loader", ["PeftModel", "load_adapter"])
+@torch.no_grad()
+def test_several_adapters_of_one_model(loader, folder, tmp_path):
+    ids = tokens()
+    configs = {
+        "attention": peft.LoraConfig(r=2, target_modules=["q_proj"]),
+        "experts": peft.LoraConfig(r=2, target_modules=["w1", "w2"]),
+    }
+    wanted = {}
+    for name, config in configs.items():
+        adapted = adapt(load(folder), config)
+        adapted.save_pretrained(tmp_path / name)
+        wanted[name] = adapted(ids).logits
+    model = load(folder)
+    if loader == "PeftModel":
+        model = peft.PeftModel.from_pretrained(model, tmp_path / "attention", adapter_name="attention")
+    else:
+        model.load_adapter(str(tmp_path / "attention"), adapter_name="attention")
+    model.load_adapter(str(tmp_path / "experts"), adapter_name="experts")
+    for name, logits in wanted.items():
+        model.set_adapter(name)
+        torch.testing.assert_close(model(ids).logits, logits)
+
+
+LOADERS = {
+    "PeftModel": lambda model, path: peft.PeftModel.from_pretrained(model, path),
+    "load_adapter": lambda model, path: model.load_adapter(str(path)),
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_adapter_of_the_other_layout_is_refused(layout, loader, folder, tmp_path):
+    other = next(name for name in LAYOUTS if name != layout)
+    adapt(load(folder, experts_layout=layout), peft.LoraConfig(r=2, **TARGETS[layout])).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf'experts\.base_layer\.lora_A.* load the model with experts_layout="{layout}"'
+    ):
+        LOADERS[loader](load(folder, experts_layout=other), tmp_path)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_adapter_of_experts_alone_is_refused_in_the_other_layout(layout, loader, folder, tmp_path):
+    other = next(name for name in LAYOUTS if name != layout)
+    targets = {"target_modules": EXPERTS} if layout == "modular" else TARGETS["fused"] | {"target_modules": None}
+    adapt(load(folder, experts_layout=layout), peft.LoraConfig(r=2, **targets)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r'not found in the base model|experts_layout="fused"|target_parameters'):
+        LOADERS[loader](load(folder, experts_layout=other), tmp_path)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize(
+    ("trained_on", "loaded_into", "message"),
+    [
+        (6, 4, r"holds `\S+experts\.4\.w1\.lora_A\S*`, which .* more experts"),
+        (4, 6, r"lacks `\S+experts\.4\.w1\.lora_A\S*` and 23 more .* fewer experts"),
+    ],
+)
+def test_an_adapter_for_another_count_of_experts_is_refused(loader, trained_on, loaded_into, message, tmp_path):
+    model, other = (SkyworkMoeForCausalLM(tiny_moe_config(num_experts=[n])) for n in (trained_on, loaded_into))
+    adapt(model, peft.LoraConfig(r=2, target_modules=["q_proj", *EXPERTS])).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        LOADERS[loader](other, tmp_path)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_ranks_that_contradict_the_weights_are_refused(loader, folder, tmp_path):
+    adapt(load(folder), peft.LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 8}))
+    with pytest.raises((ValueError, RuntimeError), match=r"q_proj\.lora_A\.default\.weight\D+\[4, 64\]\D+\[8, 64\]"):
+        LOADERS[loader](load(folder), tmp_path)
+
+
+# --- the Trainer
+
+
+@pytest.mark.parametrize("precision", ["float32", *NATIVE])
+def test_the_trainer_trains_the_adapters_alone(precision, folder, tmp_path):
+    adapted = peft.get_peft_model(
+        load(folder, precision), peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
+    arguments = TrainingArguments(
+        output_dir=tmp_path,
+        max_steps=3,
+        learning_rate=0.01,
+        per_device_train_batch_size=2,
+        gradient_checkpointing=True,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+    )
+    rows = [{"input_ids": ids, "labels": ids} for ids in tokens(8)]
+    trainer = Trainer(adapted, arguments, train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 3
+    assert torch.tensor(losses).isfinite().all()
+    trained = changed(adapted, before)
+    assert all(".lora_" in name for name in trained)
+    assert any(".experts." in name for name in trained)
+    ids = tokens()
+    again = peft.PeftModel.from_pretrained(load(folder, precision), tmp_path / "checkpoint-3")
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, adapted.eval()(ids).logits)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
 from .headers import read_headers, refuse_quantized
+
+# A weight of an adapter in a model: "....w1.lora_A.default.weight" is of the adapter "default".
+_ADAPTER_WEIGHT = re.compile(r"\.(?:lora|ia3)_\w+\.([^.]+)")
 
 
 class SkyworkLoadingMixin(PreTrainedModel):
@@ -31,11 +35,66 @@ class SkyworkLoadingMixin(PreTrainedModel):
     ) -> Any:
         if load_config.hf_quantizer is None and state_dict is None and checkpoint_files:
             refuse_quantized(read_headers([file for file in checkpoint_files if file.endswith(".safetensors")]))
-        return PreTrainedModel._load_pretrained_model(
+        loaded = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
+        if not load_config.ignore_mismatched_sizes:
+            refuse_other_adapter(model, loaded[0])  # `model.load_adapter` comes this way
+        return loaded
+
+    def post_init(self) -> None:
+        """transformers' own; in addition, what PEFT loads is checked."""
+        super().post_init()
+        self.register_load_state_dict_post_hook(refuse_other_adapter)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Any:
         """Give every quantised linear its real values in `dtype`, by default that of the rest of the model."""
         # transformers asks the config, where saving has left a string.
         return super().dequantize(dtype or self.dtype)
+
+
+def refuse_other_adapter(model: Any, loaded: Any) -> None:
+    """Raise ValueError where an adapter was loaded in part: PEFT and transformers go on with what they find.
+
+    Args:
+        model: with adapters of PEFT; any other is left alone.
+        loaded: with the names `missing_keys`, `unexpected_keys` and, if known, (name, shape of the file, shape of the
+            model) as `mismatched_keys`.
+    """
+    adapters = getattr(model, "peft_config", None)
+    if not adapters:
+        return
+    for name in sorted(filter(_ADAPTER_WEIGHT.search, loaded.unexpected_keys)):
+        raise ValueError(f"The adapter holds `{name}`, which the model has no place for: {_why_no_place(model, name)}")
+    for name, stored, expected in sorted(getattr(loaded, "mismatched_keys", ())):
+        raise ValueError(
+            f"The adapter holds `{name}` as {list(stored)}, and its config makes it {list(expected)} in this model: "
+            "`r` and `rank_pattern` must be those it was trained with, and so must the model's sizes."
+        )
+    own = _by_adapter(name for name, _ in model.named_parameters())
+    missing = _by_adapter(loaded.missing_keys)
+    for adapter in adapters:
+        lacking = missing.get(adapter, [])
+        if 0 < len(lacking) < len(own.get(adapter, [])):  # all of them: it was another adapter that was loaded
+            raise ValueError(
+                f"The adapter lacks `{min(lacking)}` and {len(lacking) - 1} more weights that its config asks for: it "
+                "was trained on another model, such as one with fewer experts, so load it into that."
+            )
+
+
+def _by_adapter(names: Iterable[str]) -> dict[str, list[str]]:
+    grouped: dict[str, list[str]] = {}
+    for name in names:
+        if match := _ADAPTER_WEIGHT.search(name):
+            grouped.setdefault(match[1], []).append(name)
+    return grouped
+
+
+def _why_no_place(model: Any, name: str) -> str:
+    layout = getattr(model.config, "experts_layout", None)
+    if layout is None or ".experts." not in name:
+        return "it was trained on another model, so load it into that."
+    if layout == "modular" and re.search(r"\.experts\.\d+\.", name):
+        return "it was trained on a model with more experts, so load it into that."
+    other = "fused" if layout == "modular" else "modular"
+    return f'its experts are in the other layout, so load the model with experts_layout="{other}".'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from transformers import (
@@ -24,6 +25,7 @@ from .modeling_skywork import SkyworkForCausalLM, SkyworkForSequenceClassificati
 from .modeling_skywork_moe import SkyworkMoeForCausalLM, SkyworkMoeModel
 from .placement.dispatch import load_placed
 from .quantization.config import INT8_METHOD, SkyworkFp8Config, SkyworkInt8Config
+from .quantization.linear import refuse_merging
 from .quantization.quantizers import SkyworkFp8Quantizer, SkyworkInt8Quantizer
 from .tokenization_skywork import SkyworkTokenizer
 
@@ -52,6 +54,8 @@ def register() -> None:
     _register_quantizer(FP8_METHOD, SkyworkFp8Config, SkyworkFp8Quantizer)
     _register_quantizer(INT8_METHOD, SkyworkInt8Config, SkyworkInt8Quantizer)
     when_imported("transformers.trainer", _report_router_load)
+    when_imported("peft.utils.constants", _set_default_targets)
+    when_imported("peft.tuners.tuners_utils", _check_before_merging)
 
 
 def _register_quantizer(method: str, config_class: Any, quantizer_class: Any) -> None:
@@ -70,6 +74,29 @@ def _report_router_load(trainer: Any) -> None:
 
     if ReportRouterLoad not in trainer.DEFAULT_CALLBACKS:
         trainer.DEFAULT_CALLBACKS.append(ReportRouterLoad)
+
+
+def _set_default_targets(constants: Any) -> None:
+    """What PEFT adapts in our models when it is not told: what it adapts in Llama and Mixtral."""
+    expert_names = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+    for name, targets in vars(constants).items():
+        if re.fullmatch(r"TRANSFORMERS_MODELS_TO_\w+_MODULES_MAPPING", name) and "llama" in targets:
+            targets[SkyworkConfig.model_type] = list(targets["llama"])
+            of_moe = targets.get("mixtral", targets["llama"])
+            targets[SkyworkMoeConfig.model_type] = [expert_names.get(target, target) for target in of_moe]
+
+
+def _check_before_merging(tuners: Any) -> None:
+    """Where PEFT itself refuses what it cannot merge into; it asks nothing that a layer could answer."""
+    check = tuners.BaseTuner._check_merge_allowed
+    if check.__module__ == __name__:
+        return  # `register` was called again
+
+    def check_merge_allowed(tuner: Any) -> None:
+        refuse_merging(tuner.model)
+        check(tuner)
+
+    tuners.BaseTuner._check_merge_allowed = check_merge_allowed
 
 
 def _warn_if_taken(registry: Any, name: str, ours: type) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -31,6 +31,8 @@ class SkyworkQuantizedLinear(nn.Linear):
 
     weight_scale: nn.Parameter
     input_scale: nn.Parameter | None
+    # In what dtype PEFT is to make adapters: its own. Without this it takes the weight's, and rounds them to float8.
+    compute_dtype: torch.dtype | None = None
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, device: Any) -> None:
         nn.Module.__init__(self)  # past nn.Linear's own, which would make a float weight
@@ -51,8 +53,21 @@ class SkyworkQuantizedLinear(nn.Linear):
         outputs = outputs.view(*input.shape[:-1], self.out_features)
         return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
 
-    def dequantize(self, dtype: torch.dtype) -> nn.Linear:
-        """An ordinary linear layer with the same real values."""
+    @property
+    def W_q(self) -> torch.Tensor:
+        """The weight, by HQQ's name: where PEFT finds that, it asks `dequantize` for the real values, as for DoRA."""
+        return self.weight
+
+    @overload
+    def dequantize(self) -> torch.Tensor: ...
+    @overload
+    def dequantize(self, dtype: torch.dtype) -> nn.Linear: ...
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear | torch.Tensor:
+        """An ordinary linear layer with the same real values in `dtype`; without one, these alone, float32
+        [out_features, in_features]."""
+        if dtype is None:
+            return kernels.dequantize(self.weight, self.weight_scale, torch.float32)
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight = nn.Parameter(kernels.dequantize(self.weight, self.weight_scale, dtype))
         if self.bias is not None:
@@ -114,3 +129,14 @@ class SkyworkInt8Linear(SkyworkQuantizedLinear):
 
 def _frozen(shape: tuple[int, ...], dtype: torch.dtype | None, device: Any) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+
+def refuse_merging(model: nn.Module) -> None:
+    """Raise ValueError where an adapter would be merged into a quantised weight, as if that held real values."""
+    for name, module in model.named_modules():
+        if name.endswith(".base_layer") and isinstance(module, SkyworkQuantizedLinear):
+            raise ValueError(
+                f"`{name}.weight` is quantised ({module.weight.dtype}), and no adapter can be merged into that: load "
+                "the base model in 16 bit (a model in memory: call its `dequantize()`) and merge there, or merge on "
+                "disk with `skywork-hf convert --adapter`."
+            )
