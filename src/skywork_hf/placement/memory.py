@@ -130,11 +130,15 @@ class ModelParts:
     tail: Part
     is_tied: bool
 
+    @property
+    def head_dim(self) -> int:
+        config: Any = self.config
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
     def kv_bytes(self, tokens: int) -> int:
         """One layer's keys and values of `tokens` tokens, in the model's dtype."""
         config: Any = self.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * tokens * config.num_key_value_heads * head_dim * self.itemsize
+        return 2 * tokens * config.num_key_value_heads * self.head_dim * self.itemsize
 
     def dense_working_bytes(self, tokens: int, batch: int) -> int:
         """The largest transient of a layer on its own device while a prompt of `tokens` tokens (all sequences

@@ -73,11 +73,51 @@ def plan_device_map(
     Raises:
         ValueError: it does not fit: says how many GiB are missing and what would make it fit. Or an argument is wrong.
     """
+    request = request_of(
+        model,
+        max_memory,
+        quantization,
+        context_tokens=context_tokens,
+        batch_size=batch_size,
+        strategy=strategy,
+        expert_usage=expert_usage,
+        dtype=dtype,
+        bandwidth=bandwidth,
+        stream_from_rows=stream_from_rows,
+        model_class=model_class,
+        **config_options,
+    )
+    try:
+        return PlacementPlan.of(request)
+    except DoesNotFit as error:
+        raise ValueError(_refusal(request, error.shortfall)) from None
+
+
+def request_of(
+    model: str | Path | PreTrainedConfig,
+    max_memory: dict[Any, Any] | None,
+    quantization: Any,
+    *,
+    context_tokens: int | None = None,
+    batch_size: int = 1,
+    strategy: str = "experts",
+    expert_usage: ExpertUsage | str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+    bandwidth: dict[Any, float] | None = None,
+    stream_from_rows: int | None = None,
+    model_class: Any = None,
+    **config_options: Any,
+) -> Request:
+    """The arguments of `plan_device_map`, checked and understood.
+
+    Raises:
+        ValueError: an argument is wrong.
+    """
     config = model if isinstance(model, PreTrainedConfig) else AutoConfig.from_pretrained(model, **config_options)
     _check(config, strategy, context_tokens, batch_size, stream_from_rows)
     devices = devices_of(max_memory, bandwidth)
     usage = ExpertUsage.load(expert_usage) if isinstance(expert_usage, str | Path) else expert_usage
-    request = Request(
+    return Request(
         name=_name(str(config.name_or_path) if isinstance(model, PreTrainedConfig) else model),
         config=config,
         model_class=model_class or AutoModelForCausalLM._model_mapping[type(config)],
@@ -90,10 +130,6 @@ def plan_device_map(
         usage=usage,
         stream_from_rows=stream_from_rows,
     )
-    try:
-        return PlacementPlan.of(request)
-    except DoesNotFit as error:
-        raise ValueError(_refusal(request, error.shortfall)) from None
 
 
 def _name(model: str | Path) -> str:
