@@ -1,5 +1,6 @@
-"""Training what is Skywork-MoE's own: the adaptive auxiliary loss, and what the gates do meanwhile."""
+"""Training: chats as data, the adaptive auxiliary loss of Skywork-MoE, and what the gates do meanwhile."""
 
 from .aux_loss import AdaptiveAuxLossCallback
+from .data import read_conversations, tokenize_conversations
 
-__all__ = ["AdaptiveAuxLossCallback"]
+__all__ = ["AdaptiveAuxLossCallback", "read_conversations", "tokenize_conversations"]
