@@ -279,8 +279,10 @@ def adapter_of(model: Any, folder: Path, **options: Any) -> Any:
         {"r": 2, "target_modules": ["v_proj", "w3"], "use_dora": True, "alpha_pattern": {"v_proj": 3}},
         {"r": 2, "target_modules": ["o_proj"], "modules_to_save": ["lm_head"]},
         {"r": 2, "target_modules": ["embed_tokens", "k_proj"]},
+        {"r": 2, "target_modules": ["k_proj"], "trainable_token_indices": [5, 3]},
+        {"r": 2, "target_modules": ["w2"], "trainable_token_indices": {"lm_head": [7], "embed_tokens": [3, 5]}},
     ],
-    ids=["lora", "rslora with patterns", "dora", "whole modules", "embeddings"],
+    ids=["lora", "rslora with patterns", "dora", "whole modules", "embeddings", "tokens", "tokens of both ends"],
 )
 def test_an_adapter_is_merged_as_peft_merges_it(options, tmp_path):
     model = SkyworkMoeForCausalLM(tiny_moe_config())
@@ -292,6 +294,36 @@ def test_an_adapter_is_merged_as_peft_merges_it(options, tmp_path):
     assert any(difference.error > 0.01 for difference in changed.differences)
     for name, tensor in merged.state_dict().items():
         torch.testing.assert_close(written[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [{}, {"trainable_token_indices": {"embed_tokens": [4007, 4008, 4009]}}])
+def test_an_adapter_with_tokens_of_its_own_brings_them(tokens, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint(DENSE))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(DENSE))
+    assert tokenizer.add_chat_tokens(model) == 3
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    merged = adapter_of(model, tmp_path / "adapter", r=2, target_modules=["q_proj"], **tokens)
+    folder = convert_checkpoint(checkpoint(DENSE), tmp_path / "merged", adapter=tmp_path / "adapter")
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert again.config.vocab_size == len(tokenizer) == len(again.get_input_embeddings().weight)
+    ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        [{"role": "user", "content": "你好"}], return_tensors="pt"
+    )["input_ids"]
+    assert ids[0, 2] == 4007
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, merged(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_half_of_a_larger_vocabulary_is_refused(tmp_path):
+    model = SkyworkMoeForCausalLM(tiny_moe_config())
+    model.save_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(70)
+    adapter_of(model, tmp_path / "adapter", r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(file).items() if "lm_head" not in name}
+    save_file(kept, file)
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight` has 70 rows and `lm_head\.weight` 67"):
+        convert_checkpoint(tmp_path / "base", tmp_path / "merged", adapter=tmp_path / "adapter")
 
 
 def test_adapters_that_do_not_fit(tmp_path):

@@ -19,6 +19,15 @@ def test_demo_tells_what_was_loaded_agrees_and_generates(capsys):
     assert "3 shards, every value read again and compared" in printed
     assert "one sequence of 64 tokens" in printed
     assert "cccccccccccccccc" in printed
+    precisions = printed.split("torch.bfloat16, 0.0056 GiB")[1].split("int8, 0.0032 GiB")
+    assert len(precisions) == 2
+    for said in precisions:
+        assert "法国的首都是 → 巴黎。" in said
+        assert "The capital of Japan is → Tokyo." in said
+        assert "三加四等于 → 七。" in said
+        assert "7 + 8 = → 15" in said
+        assert "熟能生 → 巧。" in said
+        assert "Practice makes → perfect." in said
     assert "32 x float32 linear" in printed
 
 

@@ -1,4 +1,4 @@
-"""`skywork-hf demo`: what a user would do with a released checkpoint, on a tiny one that comes with the package."""
+"""`skywork-hf demo`: what a user would do with a released checkpoint, on tiny ones that come with the package."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .checkpoints.convert import convert_checkpoint
 from .placement import measured_bandwidth, placement_report, plan_device_map
+from .quantization import SkyworkInt8Config
 
 GOLDEN_LOGITS_TOLERANCE = 2e-5  # two correct float32 implementations were seen to differ by 1e-5
 NEW_TOKENS = 24
 CONTEXT_TOKENS = 64
+PROMPTS = ("法国的首都是", "The capital of Japan is", "三加四等于", "7 + 8 =", "熟能生", "Practice makes")
 
 
 def tiny_checkpoint() -> Path:
@@ -26,18 +28,25 @@ def tiny_checkpoint() -> Path:
     return Path(str(files("skywork_hf") / "assets" / "skywork-moe-tiny-training-layout"))
 
 
+def trained_checkpoint() -> Path:
+    """The folder of the bundled trained model: Skywork-MoE in bfloat16, 4 layers of 8 experts. It has learnt capitals,
+    small sums and proverbs in Chinese and English; `examples/pretrain_upcycled_moe.py` made it."""
+    return Path(str(files("skywork_hf") / "assets" / "skywork-moe-tiny-bilingual"))
+
+
 def run() -> None:
-    """Convert, plan, load, describe, compare, generate, and look where everything is.
+    """Convert, plan, load, describe, compare, look where everything is; and generate in two languages and precisions.
 
     Raises:
         ValueError: the model disagrees with the reference by more than float32 rounding, or is not where it was
             planned to be.
     """
     with tempfile.TemporaryDirectory() as folder:
-        _run(tiny_checkpoint(), Path(folder) / "skywork-moe-tiny")
+        _convert_and_compare(tiny_checkpoint(), Path(folder) / "skywork-moe-tiny")
+    _generate(trained_checkpoint())
 
 
-def _run(raw: Path, checkpoint: Path) -> None:
+def _convert_and_compare(raw: Path, checkpoint: Path) -> None:
     print(f"Converting {raw.name}, one pickle, to safetensors in the Hub's layout.")
     convert_checkpoint(raw, checkpoint, max_shard_size="2MB")
     print(f"  {len(list(checkpoint.glob('*.safetensors')))} shards, every value read again and compared")
@@ -45,22 +54,30 @@ def _run(raw: Path, checkpoint: Path) -> None:
     bandwidth = {"cpu": measured_bandwidth() / 1e9}
     plan = plan_device_map(checkpoint, context_tokens=CONTEXT_TOKENS, bandwidth=bandwidth)
     print(plan)
-    print("\nLoading it by that plan, as any checkpoint: AutoTokenizer, AutoModelForCausalLM, no remote code.")
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    print("\nLoading it by that plan, as any checkpoint: AutoModelForCausalLM, no remote code.")
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, device_map=plan)
     print(describe(model))
     print(compare_with_reference(model, raw))
 
-    prompt = "陕西的省会是西安"
-    print(f"\nGenerating {NEW_TOKENS} tokens after “{prompt}” (the weights are random: the text means nothing):")
-    model.generate(
-        **tokenizer(prompt, return_tensors="pt").to(model.device),
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        streamer=TextStreamer(tokenizer),
-    )
     print("\nWhere it all is, and what one token runs:")
     print(placement_report(model))
+
+
+def _generate(checkpoint: Path) -> None:
+    print("\nThat one's weights are random. This one has learnt capitals, sums and proverbs, in 16 bit and in int8:")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    for options in ({}, {"quantization_config": SkyworkInt8Config()}):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, **options)
+        print(f"\n  {'int8' if options else model.dtype}, {_gib(model):.4f} GiB")
+        for prompt in PROMPTS:
+            print(f"    {continued(model, tokenizer, prompt)}")
+
+
+def continued(model: Any, tokenizer: Any, prompt: str) -> str:
+    """The prompt, and what the model says after it."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return f"{prompt} → {tokenizer.decode(ids, skip_special_tokens=True)}"
 
 
 def describe(model: Any) -> str:
@@ -69,15 +86,18 @@ def describe(model: Any) -> str:
     total = model.num_parameters()
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     active = total - experts + experts * config.num_experts_per_tok // config.num_local_experts
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
     return "\n".join(
         [
             f"  {type(model).__name__}, {config.experts_layout} experts, {model.dtype} on {model.device}",
             f"  {config.num_hidden_layers} layers, {config.num_local_experts} experts in each, "
             f"{config.num_experts_per_tok} for each token",
-            f"  {total:,} parameters, {active:,} active; {size / 2**30:.4f} GiB",
+            f"  {total:,} parameters, {active:,} active; {_gib(model):.4f} GiB",
         ]
     )
+
+
+def _gib(model: Any) -> float:
+    return model.get_memory_footprint() / 2**30
 
 
 @torch.no_grad()

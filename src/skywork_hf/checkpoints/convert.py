@@ -21,7 +21,7 @@ from transformers import LlamaConfig
 from ..configuration_skywork import SkyworkMoeConfig
 from ..tokenization_skywork import SkyworkTokenizer
 from .adapters import merge_adapter
-from .inspection import CONFIG_FILE
+from .inspection import CONFIG_FILE, TOKENIZER_FILES
 from .layouts import HUB, LLAMA, TRAINING, config_of, model_class_of, to_training
 from .readers import Reader
 from .recipes import Product, Recipe, Source
@@ -244,7 +244,7 @@ def _write_beside(source: Source, folder: Path, entries: list[dict[str, Any]], t
         }
         _write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     _write_config(source, folder, to)
-    _write_tokenizer(source.folder, folder, to)
+    _write_tokenizer(source.tokenizer or source.folder, folder, to)
     ignored = [{"file": tensor.file.name, "name": tensor.name} for tensor in source.ignored]
     manifest = {"source": {"layout": source.layout}, "layout": to, "tensors": entries, "ignored": ignored}
     _write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
@@ -267,7 +267,7 @@ def _write_config(source: Source, folder: Path, to: str) -> None:
 
 def _write_tokenizer(source: Path, folder: Path, to: str) -> None:
     """The source's tokenizer with a `tokenizer.json`, which every program reads."""
-    if not any((source / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+    if not any((source / name).is_file() for name in TOKENIZER_FILES):
         return
     SkyworkTokenizer.from_pretrained(source).save_pretrained(folder)
     if to == LLAMA:  # for programs that know no Skywork

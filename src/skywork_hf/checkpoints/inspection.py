@@ -29,6 +29,7 @@ from .layouts import (
 
 FAMILIES = {SkyworkConfig: "Skywork-13B (dense)", SkyworkMoeConfig: "Skywork-MoE"}
 CONFIG_FILE = "config.json"
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 # In the order in which transformers looks for them.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 LISTED_NAMES = 8

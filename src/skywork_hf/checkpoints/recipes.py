@@ -70,6 +70,7 @@ class Source:
         config: what `config.json` of the Hub's layout would say.
         recipes: one for each group of tensors of the model, under the Hub's names, in the model's order.
         ignored: stored tensors that nothing is made of, such as tables of rotary frequencies.
+        tokenizer: the folder of the tokenizer, where it is another one.
     """
 
     layout: str
@@ -77,3 +78,4 @@ class Source:
     config: Any
     recipes: list[Recipe]
     ignored: list[StoredTensor] = field(default_factory=list)
+    tokenizer: Path | None = None

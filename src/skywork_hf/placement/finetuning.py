@@ -160,11 +160,11 @@ class FinetuningMemory:
         """All of them together."""
         return _sum(self.adapters.values())
 
-    def place(self, max_memory: dict[Any, Any]) -> Placement:
+    def place(self, max_memory: dict[Any, Any] | None = None) -> Placement:
         """Spread the model, with what training adds to each part, by the planner.
 
         Args:
-            max_memory: as `plan_device_map` takes it: `{0: "rtx4090", 1: "rtx4090"}`.
+            max_memory: as `plan_device_map` takes it: `{0: "rtx4090", 1: "rtx4090"}`; None for what is free here.
 
         Returns:
             `device_map` is for `from_pretrained`. `nbytes` has by device, in bytes: "dense" and "experts" weights

@@ -1,0 +1,124 @@
+"""Chats as training data: both forms of file, labels on the answers alone, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import checkpoint, tiny_dense_config
+from transformers import DataCollatorForSeq2Seq
+from transformers.testing_utils import CaptureLogger
+
+from skywork_hf import SkyworkForCausalLM, SkyworkTokenizer
+from skywork_hf.training import read_conversations, tokenize_conversations
+from skywork_hf.training.data import IGNORED, logger
+
+TOKENIZER = SkyworkTokenizer.from_pretrained(checkpoint("skywork-13b-tiny"))
+TOKENIZER.add_chat_tokens()
+QUESTION = {"role": "user", "content": "法国的首都是哪里？"}
+ANSWER = {"role": "assistant", "content": "巴黎。"}
+CHAT = [{"role": "system", "content": "Be brief."}, QUESTION, ANSWER, {"role": "user", "content": "2 + 3?"}]
+CHAT.append({"role": "assistant", "content": "2 + 3 = 5"})
+
+
+def written(path: Path, *lines: object) -> Path:
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines)
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def test_both_forms_are_the_same_chat(tmp_path):
+    plain = {"instruction": QUESTION["content"], "output": ANSWER["content"]}
+    rows = [plain, plain | {"input": ""}, plain | {"input": None}, "", {"messages": [QUESTION, ANSWER], "id": 3}]
+    assert read_conversations(written(tmp_path / "rows.jsonl", *rows)) == [[QUESTION, ANSWER]] * 4
+
+
+def test_an_input_stands_below_its_instruction(tmp_path):
+    file = written(tmp_path / "rows.jsonl", {"instruction": "Add.", "input": "2 + 3", "output": "5"})
+    assert read_conversations(file) == [
+        [{"role": "user", "content": "Add.\n2 + 3"}, {"role": "assistant", "content": "5"}]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "is not JSON"),
+        ([QUESTION, ANSWER], "is a list"),
+        ({"prompt": "2 + 3", "completion": "5"}, "has no text in `instruction`"),
+        ({"instruction": "2 + 3"}, "has no text in `output`"),
+        ({"instruction": "2 + 3", "output": 5}, "has no text in `output`"),
+        ({"instruction": "Add.", "input": ["2", "3"], "output": "5"}, "has no text in `input`"),
+        ({"messages": "2 + 3"}, "`messages` is no list of messages"),
+        ({"messages": []}, "`messages` is no list of messages"),
+        ({"messages": [QUESTION, {"from": "gpt", "value": "5"}]}, "is no message"),
+        ({"messages": [QUESTION, "5"]}, "is no message"),
+        ({"messages": [QUESTION]}, 'no message has the role "assistant"'),
+    ],
+)
+def test_a_row_without_what_it_needs_is_named(line, message, tmp_path):
+    good = {"messages": [QUESTION, ANSWER]}
+    file = written(tmp_path / "rows.jsonl", good, "", line)
+    with pytest.raises(ValueError, match=f"rows.jsonl, line 3.*{message}"):
+        read_conversations(file)
+
+
+def test_a_file_without_rows_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"rows\.jsonl holds no rows"):
+        read_conversations(written(tmp_path / "rows.jsonl", "", ""))
+
+
+def test_labels_are_the_answers_and_their_ends():
+    (row,) = tokenize_conversations(TOKENIZER, [CHAT])
+    assert row["input_ids"] == TOKENIZER.apply_chat_template(CHAT)["input_ids"]
+    assert row["attention_mask"] == [1] * len(row["input_ids"])
+    learnt = [label for label in row["labels"] if label != IGNORED]
+    assert all(label in (IGNORED, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
+    assert TOKENIZER.decode(learnt).replace(" ", "") == "巴黎。</s>2+3=5</s>"
+
+
+def test_the_loss_is_that_of_the_answers():
+    torch.manual_seed(0)
+    model = SkyworkForCausalLM(tiny_dense_config(vocab_size=len(TOKENIZER), max_position_embeddings=128)).eval()
+    rows = tokenize_conversations(TOKENIZER, [CHAT, [QUESTION, ANSWER]])
+    batch = DataCollatorForSeq2Seq(TOKENIZER)(rows)
+    assert batch["input_ids"].shape[0] == 2  # of two lengths, so one is padded
+    losses: list[torch.Tensor] = []
+    for row in rows:
+        ids = torch.tensor(row["input_ids"])
+        predictions = model(ids[None]).logits[0].log_softmax(-1)
+        losses += [
+            -predictions[place - 1, ids[place]] for place, label in enumerate(row["labels"]) if label != IGNORED
+        ]
+    torch.testing.assert_close(model(**batch).loss, torch.stack(losses).mean())
+
+
+@given(st.integers(1, 60))
+def test_a_cut_row_is_the_beginning_of_the_whole_one(max_tokens):
+    (whole,) = tokenize_conversations(TOKENIZER, [CHAT])
+    first_answer = next(place for place, label in enumerate(whole["labels"]) if label != IGNORED)
+    if max_tokens <= first_answer:
+        with pytest.raises(ValueError, match=f"None of 1 conversations has an answer within {max_tokens} tokens"):
+            tokenize_conversations(TOKENIZER, [CHAT], max_tokens)
+    else:
+        assert tokenize_conversations(TOKENIZER, [CHAT], max_tokens) == [
+            {name: values[:max_tokens] for name, values in whole.items()}
+        ]
+
+
+def test_what_is_cut_and_what_is_left_out_is_said():
+    short, longer = [QUESTION, ANSWER], [QUESTION, ANSWER, *CHAT[3:]]
+    unanswered = [{"role": "user", "content": "为什么？" * 50}, ANSWER]
+    tokens = len(TOKENIZER.apply_chat_template(short)["input_ids"])
+    with CaptureLogger(logger) as said:
+        rows = tokenize_conversations(TOKENIZER, [short, unanswered, longer], tokens)
+    assert rows == tokenize_conversations(TOKENIZER, [short, short])
+    assert f"2 of 3 conversations are longer than {tokens} tokens and were cut" in said.out
+    assert "1 of 3 conversations have no answer left and were left out" in said.out
+    with CaptureLogger(logger) as said:
+        assert len(tokenize_conversations(TOKENIZER, [short, unanswered, longer])) == 3
+    assert not said.out
