@@ -99,7 +99,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapter", type=Path, help="the folder that PEFT or the Trainer saved")
     parser.add_argument("repo", type=hub_name, help="the repository on the Hub, as you/name")
-    parser.add_argument("--base-model", type=hub_name, help="the base model on the Hub; default: what the adapter names")
+    base_help = "the base model on the Hub; default: what the adapter names"
+    parser.add_argument("--base-model", type=hub_name, help=base_help)
     parser.add_argument("--public", action="store_true", help="the repository, if it is new, is for everybody to see")
     options = parser.parse_args(arguments)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import random
 import re
 import shutil
@@ -18,9 +19,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny import checkpoint, golden, tiny_dense_config, tiny_moe_config, tokens
+from transformers.testing_utils import CaptureLogger
 
 from skywork_hf import SkyworkConfig, SkyworkForCausalLM, SkyworkMoeConfig, SkyworkMoeForCausalLM
-from skywork_hf.checkpoints.megatron import is_megatron, read_megatron
+from skywork_hf.checkpoints import readers
+from skywork_hf.checkpoints.convert import MANIFEST, convert_checkpoint
+from skywork_hf.checkpoints.megatron import is_megatron, logger, read_megatron
 from skywork_hf.checkpoints.readers import MEGATRON_GLOBALS, Reader, load_pickle
 
 GOLDEN = {"skywork-13b-tiny": SkyworkForCausalLM, "skywork-moe-tiny": SkyworkMoeForCausalLM}
@@ -255,7 +259,7 @@ def read_values(source: Any) -> dict[str, torch.Tensor]:
     reader = Reader()
     values = {}
     for recipe in source.recipes:
-        made = recipe.values([reader.read(tensor) for tensor in recipe.sources])
+        made = recipe.values(reader.read(recipe.sources))
         for product, value in zip(recipe.products, made, strict=True):
             assert (product.dtype, product.shape) == (value.dtype, tuple(value.shape)), product.name
             values[product.name] = value
@@ -400,9 +404,58 @@ def test_recipes_are_in_the_models_order_and_read_each_rank_once(tmp_path):
     qkv = names["model.layers.0.self_attn.q_proj.weight"]
     assert [product.name[-13:-7] for product in qkv.products] == ["q_proj", "k_proj", "v_proj"]
     assert {tensor.name for tensor in qkv.sources} == {"model/decoder.layers.0.self_attention.linear_qkv.weight"}
-    assert {tensor.file.parent.name for tensor in qkv.sources} == {"mp_rank_00_000", "mp_rank_01_000"}
+    ranks = {"mp_rank_00_000", "mp_rank_01_000", "mp_rank_00_001", "mp_rank_01_001"}
+    assert {tensor.file.parent.name for tensor in qkv.sources} == ranks
+    expert = names["model.layers.1.block_sparse_moe.experts.2.w2.weight"]
+    assert {tensor.file.parent.name for tensor in expert.sources} == {"mp_rank_00_001", "mp_rank_01_001"}
     ignored = {tensor.name.rpartition(".")[2] for tensor in source.ignored}
     assert ignored == {"_extra_state", "inv_freq"}
+
+
+def test_the_manifest_has_every_tensor_of_every_rank(tmp_path):
+    config, tensors, _ = moe(moe_expert_interval=2)
+    Writer(tensors, config, CORE, tp=2, stages=[1, 1], ep=2).write(tmp_path / "run")
+    folder = convert_checkpoint(tmp_path / "run", tmp_path / "hub")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    used = [(source["file"], source["name"]) for entry in manifest["tensors"] for source in entry["sources"]]
+    used += [(tensor["file"], tensor["name"]) for tensor in manifest["ignored"]]
+    everything = [
+        (file.relative_to(tmp_path / "run").as_posix(), f"model/{name}")
+        for file in (tmp_path / "run").rglob("model_optim_rng.pt")
+        for name, value in read_whole(file)["model"].items()
+        if isinstance(value, torch.Tensor)
+    ]
+    assert sorted(used) == sorted(everything)
+
+
+@pytest.mark.parametrize(
+    ("rank", "name"),
+    [
+        ("mp_rank_01_001", "decoder.layers.0.mlp.router.weight"),
+        ("mp_rank_01_001", "decoder.layers.0.self_attention.linear_qkv.weight"),
+        ("mp_rank_01_000", "decoder.layers.1.pre_mlp_layernorm.weight"),
+    ],
+)
+def test_copies_that_differ_are_said_and_the_first_is_taken(rank, name, tmp_path):
+    config, tensors, _ = moe()
+    iteration = Writer(tensors, config, CORE, tp=2, ep=2).write(tmp_path)
+    file = rank_file(iteration, rank)
+    change_model(file, **{name: read_whole(file)["model"][name] + 1e-3})
+    with CaptureLogger(logger) as said:
+        assert_bits(read_megatron(tmp_path), tensors)
+    (line,) = [line for line in said.out.splitlines() if "its copy in" in line]
+    assert f"`model/{name}`" in line
+    assert f"its copy in {file} are not equal" in line
+
+
+def test_each_rank_is_opened_once(tmp_path, monkeypatch):
+    opened = []
+    real = readers.load_pickle
+    monkeypatch.setattr(readers, "load_pickle", lambda file: opened.append(file) or real(file))
+    config, tensors, _ = dense(num_attention_heads=8, num_key_value_heads=8)
+    Writer(tensors, config, CORE, tp=8).write(tmp_path)
+    assert_bits(read_megatron(tmp_path), tensors)
+    assert len(opened) == len(set(opened)) == 8
 
 
 def test_where_it_lies(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from copy import copy, deepcopy
 from dataclasses import replace
@@ -165,7 +166,10 @@ def _merge(path: str, weight: torch.Tensor, state: dict[str, torch.Tensor], conf
     parent.add_module(last, module)
     config = copy(config)
     config.trainable_token_indices = None  # of modules that this model has not
-    model = inject_adapter_in_model(config, root)
+    with warnings.catch_warnings():
+        # Patterns are for modules that this model has not.
+        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
+        model = inject_adapter_in_model(config, root)
     floats = {name.removeprefix(_PREFIX): tensor.float() for name, tensor in state.items()}
     set_peft_model_state_dict(model, floats)
     layer: Any = model.get_submodule(path)

@@ -92,5 +92,5 @@ class _Tensors:
 
     def _stored(self, name: str) -> torch.Tensor:
         recipe = self._recipes[name]
-        values = recipe.values([self._reader.read(source) for source in recipe.sources])
+        values = recipe.values(self._reader.read(recipe.sources))
         return next(v for product, v in zip(recipe.products, values, strict=True) if product.name == name)

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig
 
 from ..configuration_skywork import SkyworkMoeConfig
+from ..headers import StoredTensor
 from ..tokenization_skywork import SkyworkTokenizer
 from .adapters import merge_adapter
 from .inspection import CONFIG_FILE, TOKENIZER_FILES
@@ -143,16 +144,17 @@ def write_checkpoint(
     unfinished = _begin(source, destination, shards, to, resume)
     _check_space(unfinished, shards)
     try:
-        entries = _write_shards(unfinished, shards)
+        checksums = _write_shards(unfinished, shards)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise OSError(
                 f"The disk of {unfinished} is full: make room and go on with `resume`, or remove that folder."
             ) from error
         raise
+    entries = _manifest_entries(source.folder, shards, checksums)
     _write_beside(source, unfinished, entries, to)
     if verify:
-        _verify(unfinished, shards, entries)
+        _verify(unfinished, shards)
     shutil.rmtree(unfinished / "progress")
     _sync(unfinished)
     unfinished.rename(destination)
@@ -198,10 +200,10 @@ def _check_space(unfinished: Path, shards: list[list[Recipe]]) -> None:
         )
 
 
-def _write_shards(unfinished: Path, shards: list[list[Recipe]]) -> list[dict[str, Any]]:
-    """Write those that are not there yet. Returns the manifest's entries."""
+def _write_shards(unfinished: Path, shards: list[list[Recipe]]) -> list[list[list[str]]]:
+    """Write those that are not there yet. Returns what `write_shard` does, for each."""
     total = sum(product.nbytes for shard in shards for recipe in shard for product in recipe.products)
-    reader, entries = Reader(), []
+    reader, checksums = Reader(), []
     bar = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="Writing")
     # One shard goes to the disk while the next is being made.
     with bar, ThreadPoolExecutor(max_workers=1) as finisher:
@@ -217,10 +219,10 @@ def _write_shards(unfinished: Path, shards: list[list[Recipe]]) -> list[dict[str
                     finishing.result()
                 _write_text(notes, json.dumps(written))
                 finishing = finisher.submit(finish_shard, unfinished / name)
-            entries += json.loads(notes.read_text())
+            checksums.append(json.loads(notes.read_text()))
         if finishing is not None:
             finishing.result()
-    return entries
+    return checksums
 
 
 def shard_name(number: int, count: int) -> str:
@@ -234,6 +236,36 @@ def _write_text(file: Path, text: str) -> None:
     part_of(file).rename(file)
 
 
+def _manifest_entries(
+    source: Path, shards: list[list[Recipe]], checksums: list[list[list[str]]]
+) -> list[dict[str, Any]]:
+    """For each recipe what it was made of, and what became of it."""
+    return [
+        {
+            "sources": [_manifest_source(source, tensor) for tensor in recipe.sources],
+            "products": [
+                {
+                    "name": product.name,
+                    "file": shard_name(number, len(shards)),
+                    "dtype": str(product.dtype).removeprefix("torch."),
+                    "shape": list(product.shape),
+                    "crc32": checksum,
+                }
+                for product, checksum in zip(recipe.products, of_recipe, strict=True)
+            ],
+        }
+        for number, (recipes, of_shard) in enumerate(zip(shards, checksums, strict=True), start=1)
+        for recipe, of_recipe in zip(recipes, of_shard, strict=True)
+    ]
+
+
+def _manifest_source(folder: Path, tensor: StoredTensor) -> dict[str, str]:
+    """A tensor by its name and its file below the checkpoint's folder; an adapter's, by the adapter's."""
+    inside = tensor.file.is_relative_to(folder)
+    file = tensor.file.relative_to(folder if inside else tensor.file.parent.parent)
+    return {"file": file.as_posix(), "name": tensor.name}
+
+
 def _write_beside(source: Source, folder: Path, entries: list[dict[str, Any]], to: str) -> None:
     """Index, config, tokenizer and manifest."""
     products = [product for entry in entries for product in entry["products"]]
@@ -245,7 +277,7 @@ def _write_beside(source: Source, folder: Path, entries: list[dict[str, Any]], t
         _write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     _write_config(source, folder, to)
     _write_tokenizer(source.tokenizer or source.folder, folder, to)
-    ignored = [{"file": tensor.file.name, "name": tensor.name} for tensor in source.ignored]
+    ignored = [_manifest_source(source.folder, tensor) for tensor in source.ignored]
     manifest = {"source": {"layout": source.layout}, "layout": to, "tensors": entries, "ignored": ignored}
     _write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
@@ -277,21 +309,20 @@ def _write_tokenizer(source: Path, folder: Path, to: str) -> None:
         file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _verify(folder: Path, shards: list[list[Recipe]], entries: list[dict[str, Any]]) -> None:
+def _verify(folder: Path, shards: list[list[Recipe]]) -> None:
     """Read every tensor of the result by safetensors, make it from the source once more, and compare.
 
     Raises:
         ValueError: one differs.
     """
-    files = {product["name"]: product["file"] for entry in entries for product in entry["products"]}
     reader = Reader()
-    recipes = [recipe for shard in shards for recipe in shard]
-    total = sum(product.nbytes for recipe in recipes for product in recipe.products)
+    numbered = [(number, recipe) for number, shard in enumerate(shards, start=1) for recipe in shard]
+    total = sum(product.nbytes for _, recipe in numbered for product in recipe.products)
     with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="Verifying") as bar:
-        for recipe in recipes:
-            expected = recipe.values([reader.read(source) for source in recipe.sources])
+        for number, recipe in numbered:
+            expected = recipe.values(reader.read(recipe.sources))
             for product, value in zip(recipe.products, expected, strict=True):
-                _check_written(folder / files[product.name], product, value)
+                _check_written(folder / shard_name(number, len(shards)), product, value)
                 bar.update(product.nbytes)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers.utils import logging
 
 from ..configuration_skywork import SkyworkConfig, SkyworkMoeConfig
 from ..headers import StoredTensor
 from .layouts import MEGATRON, config_of, hub_shapes
 from .readers import flat_tensors, load_pickle
 from .recipes import Make, Product, Recipe, Source
+
+logger = logging.get_logger(__name__)
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 RANK_FILE = "model_optim_rng.pt"
@@ -31,6 +34,7 @@ _OLDEST_VERSION = 2.0
 _EMBEDDING, _HEAD, _FINAL_NORM = "embedding", "head", "final norm"
 _INPUT_NORM, _QKV, _ATTENTION_OUTPUT = "input norm", "fused qkv", "attention output"
 _MLP_NORM, _FC1, _FC2, _ROUTER = "feed-forward norm", "fc1", "fc2", "router"
+_WHOLE_IN_EACH_RANK = (_INPUT_NORM, _MLP_NORM, _FINAL_NORM, _ROUTER)
 # Names in the files, with dots between all keys, by what they mean; `word_embeddings_for_head` is the copy of tied
 # embeddings that the last stage has.
 _MODEL_NAMES = {
@@ -142,7 +146,9 @@ class _Rank:
 
 
 _Ranks = dict[tuple[int, int, int], _Rank]
-_Shards = dict[_Key, tuple[StoredTensor, ...]]
+# Of a tensor its slices, in order; of each slice the copies that ranks have of it, of which the first counts.
+_Slices = tuple[tuple[StoredTensor, ...], ...]
+_Shards = dict[_Key, _Slices]
 
 
 def is_megatron(folder: Path) -> bool:
@@ -170,7 +176,7 @@ def read_megatron(folder: Path, config: SkyworkConfig | SkyworkMoeConfig | None 
     config = _config_of_arguments(first, shards) if config is None else _checked_config(config, first)
     ignored = [tensor for rank in ranks.values() for tensor in rank.ignored]
     if config.tie_word_embeddings:
-        ignored += shards.pop(_Key(_HEAD), ())
+        ignored += [copy for copies in shards.pop(_Key(_HEAD), ()) for copy in copies]
     return Source(MEGATRON, folder, config, _recipes(config, shards, first), ignored)
 
 
@@ -318,31 +324,44 @@ def _described(tensor: StoredTensor) -> str:
 
 
 def _merged(ranks: _Ranks, sizes: _Sizes) -> _Shards:
-    """The tensor-parallel shards of each tensor, with layers and experts numbered as in the model."""
+    """The slices of each tensor, with layers and experts numbered as in the model."""
     merged: _Shards = {}
     layers_before = 0
     for stage in range(sizes.pipeline):
         members = {(tensor, expert): ranks[tensor, stage, expert] for tensor, _, expert in ranks}
         for member in members.values():
             _check_alike(member, members[0, 0])
-        for key, shards in _stage_shards(members, sizes, layers_before):
+        for key, slices in _stage_slices(members, sizes, layers_before):
             if key in merged:
-                raise ValueError(f"{shards[0]} is in an earlier stage too: {merged[key][0]}; expected one of them.")
-            merged[key] = shards
+                raise ValueError(
+                    f"{slices[0][0]} is in an earlier stage too: {merged[key][0][0]}; expected one of them."
+                )
+            merged[key] = slices
         layers_before += _count(key.layer for key in members[0, 0].tensors)
     return merged
 
 
-def _stage_shards(
+def _stage_slices(
     members: dict[tuple[int, int], _Rank], sizes: _Sizes, layers_before: int
-) -> Iterator[tuple[_Key, tuple[StoredTensor, ...]]]:
+) -> Iterator[tuple[_Key, _Slices]]:
     local_experts = _count(key.expert for key in members[0, 0].tensors)
     for key in members[0, 0].tensors:
         layer = None if key.layer is None else key.layer + layers_before
-        for rank in range(1 if key.expert is None else sizes.expert):
-            expert = None if key.expert is None else key.expert + rank * local_experts
-            shards = tuple(members[tensor, rank].tensors[key] for tensor in range(sizes.tensor))
-            yield _Key(key.part, layer, expert), shards
+        if key.expert is None:  # all expert-parallel ranks have it
+            yield _Key(key.part, layer), _slices_in(members, key, range(sizes.expert), sizes)
+            continue
+        for rank in range(sizes.expert):
+            expert = key.expert + rank * local_experts
+            yield _Key(key.part, layer, expert), _slices_in(members, key, [rank], sizes)
+
+
+def _slices_in(
+    members: dict[tuple[int, int], _Rank], key: _Key, expert_ranks: Iterable[int], sizes: _Sizes
+) -> _Slices:
+    slices = [[members[tensor, rank].tensors[key] for rank in expert_ranks] for tensor in range(sizes.tensor)]
+    if key.part in _WHOLE_IN_EACH_RANK:
+        slices = [[copy for copies in slices for copy in copies]]
+    return tuple(map(tuple, slices))
 
 
 def _count(numbers: Iterator[int | None]) -> int:
@@ -401,7 +420,7 @@ def _config_of_arguments(rank: _Rank, shards: _Shards) -> SkyworkConfig | Skywor
             f"The arguments in {rank.file} lack {', '.join(lacking)}: pass a config.json of the model that says it."
         )
     embedding = shards.get(_Key(_EMBEDDING))
-    raw["dtype"] = args.get("params_dtype") or (embedding[0].dtype if embedding else None)
+    raw["dtype"] = args.get("params_dtype") or (embedding[0][0].dtype if embedding else None)
     raw["rope_theta"] = float(args.get("rotary_base", 10000.0))
     if factor := args.get("rotary_seq_len_interpolation_factor"):
         raw["rope_scaling"] = {"type": "linear", "factor": float(factor)}
@@ -428,19 +447,19 @@ def _recipes(config: SkyworkConfig | SkyworkMoeConfig, shards: _Shards, first: _
     plan = dict(_plan(config))
     _check_plan(plan, shapes)
     _check_counts(config, shards, first)
-    slices = _slice_shapes(config, first)
+    shapes_of_slices = _slice_shapes(config, first)
     recipes = []
     for key, names in plan.items():
         if key not in shards:
             raise ValueError(_missing_text(key, names[0], first))
-        _check_slices(key, shards[key], slices, config)
-        dtype = shards[key][0].dtype
+        _check_slices(key, shards[key], shapes_of_slices, config)
+        dtype = shards[key][0][0].dtype
         products = tuple(Product(name, dtype, shapes[name]) for name in names)
         recipes.append(_recipe(key.part, products, shards[key], config))
     if extra := [key for key in shards if key not in plan]:
         raise ValueError(
-            f"{shards[extra[0]][0]} is unexpected: the config has no {_key_text(extra[0])}; take the config.json of "
-            "this model."
+            f"{shards[extra[0]][0][0]} is unexpected: the config has no {_key_text(extra[0])}; take the config.json "
+            "of this model."
         )
     places = {name: place for place, name in enumerate(shapes)}
     return sorted(recipes, key=lambda recipe: min(places[made.name] for made in recipe.products))
@@ -532,39 +551,50 @@ def _slice_shapes(config: SkyworkConfig | SkyworkMoeConfig, first: _Rank) -> dic
 
 
 def _check_slices(
-    key: _Key,
-    shards: tuple[StoredTensor, ...],
-    slices: dict[str, tuple[int, ...]],
-    config: SkyworkConfig | SkyworkMoeConfig,
+    key: _Key, slices: _Slices, shapes: dict[str, tuple[int, ...]], config: SkyworkConfig | SkyworkMoeConfig
 ) -> None:
-    shape = shards[0].shape
-    if key.part in slices:
-        fits, expected = shape == slices[key.part], str(list(slices[key.part]))
+    first = slices[0][0]
+    if key.part in shapes:
+        fits, expected = first.shape == shapes[key.part], str(list(shapes[key.part]))
     else:
-        fits = shape[1:] == (config.hidden_size,) and shape[0] * len(shards) >= config.vocab_size
+        rows = first.shape[0] * len(slices)
+        fits = first.shape[1:] == (config.hidden_size,) and rows >= config.vocab_size
         expected = f"{config.hidden_size} columns and at least {config.vocab_size} rows in all ranks"
     if not fits:
         raise ValueError(
-            f"{shards[0]} is {list(shape)}; for the config it would be {expected} ({len(shards)} tensor-parallel "
+            f"{first} is {list(first.shape)}; for the config it would be {expected} ({len(slices)} tensor-parallel "
             "ranks): take the config.json of this model."
         )
 
 
 def _recipe(
-    part: str,
-    products: tuple[Product, ...],
-    shards: tuple[StoredTensor, ...],
-    config: SkyworkConfig | SkyworkMoeConfig,
+    part: str, products: tuple[Product, ...], slices: _Slices, config: SkyworkConfig | SkyworkMoeConfig
 ) -> Recipe:
-    if part in (_INPUT_NORM, _MLP_NORM, _FINAL_NORM, _ROUTER):
-        return Recipe(products, shards[:1])  # the same in every rank
-    makes: dict[str, Make] = {
+    makes: dict[str, Make | None] = {
         _QKV: partial(_split_qkv, config.num_key_value_heads or config.num_attention_heads, _head_dim(config)),
         _FC1: _split_gate_up,
         _FC2: _join_columns,
         _ATTENTION_OUTPUT: _join_columns,
+        **dict.fromkeys(_WHOLE_IN_EACH_RANK),
     }
-    return Recipe(products, shards, makes.get(part, partial(_join_rows, config.vocab_size)))
+    make = makes.get(part, partial(_join_rows, config.vocab_size))
+    sources = tuple(copy for copies in slices for copy in copies)
+    if len(sources) > len(slices):
+        make = partial(_make_of_copies, slices, make)
+    return Recipe(products, sources, make)
+
+
+def _make_of_copies(slices: _Slices, make: Make | None, sources: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Make it of the first copy of each slice, as Megatron-LM's own tools do; a warning says where others differ."""
+    values, firsts = iter(sources), []
+    for first, *others in slices:
+        firsts.append(next(values))
+        for other in others:
+            if not torch.equal(firsts[-1], next(values)):
+                logger.warning_once(
+                    f"{first} and its copy in {other.file} are not equal, as they should be: the former is taken."
+                )
+    return firsts if make is None else make(firsts)
 
 
 def _join_rows(rows: int, shards: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -36,22 +36,26 @@ class Reader:
     """Reads tensors from checkpoint files; values are mapped where a file allows it.
 
     Of a safetensors file only the tensor is mapped, so that address space may be as short as memory. Of pickles some
-    stay open. Values in nested dicts, as Megatron's pickles have them, are named by the dicts' keys joined with "/".
+    stay open, as many as are read together. Values in nested dicts, as Megatron's pickles have them, are named by the
+    dicts' keys joined with "/".
     """
 
     def __init__(self) -> None:
         self._open: OrderedDict[Path, dict[str, torch.Tensor]] = OrderedDict()
 
-    def read(self, tensor: StoredTensor) -> torch.Tensor:
-        if tensor.offset is not None:
-            return _mapped(tensor)
-        return self._content(tensor.file)[tensor.name]
+    def read(self, tensors: Sequence[StoredTensor]) -> list[torch.Tensor]:
+        """The values of tensors that something is made of together."""
+        room = max(_OPEN_FILES, len({tensor.file for tensor in tensors}))
+        return [
+            self._content(tensor.file, room)[tensor.name] if tensor.offset is None else _mapped(tensor)
+            for tensor in tensors
+        ]
 
-    def _content(self, file: Path) -> dict[str, torch.Tensor]:
+    def _content(self, file: Path, room: int) -> dict[str, torch.Tensor]:
         if file in self._open:
             self._open.move_to_end(file)
             return self._open[file]
-        while len(self._open) >= _OPEN_FILES:
+        while len(self._open) >= room:
             self._open.popitem(last=False)
         self._open[file] = dict(flat_tensors(load_pickle(file)))
         return self._open[file]

@@ -36,28 +36,25 @@ def split_into_shards(recipes: Iterable[Recipe], max_bytes: int) -> list[list[Re
     return shards
 
 
-def write_shard(
-    file: Path, recipes: list[Recipe], reader: Reader, progress: Callable[[int], Any]
-) -> list[dict[str, Any]]:
+def write_shard(file: Path, recipes: list[Recipe], reader: Reader, progress: Callable[[int], Any]) -> list[list[str]]:
     """Write the content of one safetensors file to `file`, which `finish_shard` will give its name.
 
     Tensors are read and made in another thread while those before them are written.
 
     Returns:
-        For each recipe what it was made of and the products' checksums, for the manifest.
+        For each recipe the products' checksums, CRC-32 in hexadecimal digits.
     """
-    products = [product for recipe in recipes for product in recipe.products]
-    header, offsets = _header(products)
-    entries = []
+    header, offsets = _header([product for recipe in recipes for product in recipe.products])
+    checksums = []
     with part_of(file).open("wb") as stream:
         stream.write(header)
-        for recipe, values, checksums in _made_ahead(recipes, reader):
+        for recipe, values, of_values in _made_ahead(recipes, reader):
             for product, value in zip(recipe.products, values, strict=True):
                 offset = len(header) + offsets[product.name]
                 copied = _copy(recipe, stream.fileno(), offset, progress)
                 _write(stream.fileno(), as_bytes(value)[copied:], offset + copied, progress)
-            entries.append(_entry(recipe, file.name, checksums))
-    return entries
+            checksums.append(of_values)
+    return checksums
 
 
 def finish_shard(file: Path) -> None:
@@ -104,7 +101,7 @@ def _made_ahead(recipes: list[Recipe], reader: Reader) -> Iterator[tuple[Recipe,
 
 
 def _make(recipe: Recipe, reader: Reader) -> tuple[list[torch.Tensor], list[str]]:
-    values = [value.contiguous() for value in recipe.values([reader.read(source) for source in recipe.sources])]
+    values = [value.contiguous() for value in recipe.values(reader.read(recipe.sources))]
     for product, value in zip(recipe.products, values, strict=True):
         if value.dtype != product.dtype or tuple(value.shape) != product.shape:
             raise ValueError(
@@ -149,19 +146,3 @@ def _write(descriptor: int, data: memoryview, offset: int, progress: Callable[[i
         written = os.pwrite(descriptor, data[:_CHUNK], offset)
         data, offset = data[written:], offset + written
         progress(written)
-
-
-def _entry(recipe: Recipe, file: str, checksums: list[str]) -> dict[str, Any]:
-    return {
-        "sources": [{"file": source.file.name, "name": source.name} for source in recipe.sources],
-        "products": [
-            {
-                "name": product.name,
-                "file": file,
-                "dtype": str(product.dtype).removeprefix("torch."),
-                "shape": list(product.shape),
-                "crc32": checksum,
-            }
-            for product, checksum in zip(recipe.products, checksums, strict=True)
-        ],
-    }
