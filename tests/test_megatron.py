@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import enum
 import io
 import json
 import random
 import re
 import shutil
+import signal
+import sys
+import types
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -468,6 +472,19 @@ def test_where_it_lies(tmp_path):
     assert not is_megatron(checkpoint("skywork-13b-tiny"))
 
 
+def test_a_run_that_does_not_say_which_iteration_is_the_latest(tmp_path):
+    config, tensors, _ = dense()
+    iteration = Writer(tensors, config).write(tmp_path / "run")
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").unlink()
+    assert is_megatron(tmp_path / "run")
+    assert_bits(read_megatron(tmp_path / "run"), tensors)
+    rank = iteration / "mp_rank_00"
+    assert is_megatron(rank)
+    refused(rank, f"{rank} holds one rank", f"give {iteration}")
+    other = shutil.copytree(iteration, tmp_path / "run" / "iter_0000050")
+    refused(tmp_path / "run", "no latest_checkpointed_iteration.txt and 2 iterations", f"such as {other}")
+
+
 def test_config_of_the_arguments(tmp_path):
     config, tensors, _ = dense(num_key_value_heads=2)
     tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
@@ -674,6 +691,57 @@ def test_pickles_that_hold_something_else(run):
     refused(run, "holds no `args`")
     rank_file(run, "mp_rank_00_000").write_bytes(b"PK cut off")
     refused(run, "cannot be read as a checkpoint")
+
+
+def test_a_strange_global_is_named_and_nobody_is_advised_to_run_it(run):
+    file = rank_file(run, "mp_rank_01_001")
+    change(file, rng_state=[Stranger()])
+    with pytest.raises(ValueError, match=rf"holds a `{Stranger.__module__}\.Stranger`") as caught:
+        read_megatron(run)
+    assert "weights_only" not in str(caught.value)
+    assert "\033" not in str(caught.value)
+
+
+def test_an_empty_rank(run):
+    file = rank_file(run, "mp_rank_01_001")
+    file.write_bytes(b"")
+    refused(run, f"{file} cannot be read as a checkpoint: it is empty")
+
+
+@pytest.fixture
+def megatron_enums(monkeypatch) -> dict[str, Any]:
+    """Enums under the names of Megatron-Core's, while a checkpoint is written."""
+    names = {
+        "megatron.core.enums": {"ModelType": ["encoder_or_decoder"]},
+        "megatron.core.transformer.enums": {"AttnBackend": ["flash", "auto"], "CudaGraphScope": ["attn"]},
+        "megatron.core.rerun_state_machine": {"RerunMode": ["disabled"]},
+    }
+    enums = {}
+    for module, classes in names.items():
+        for place in range(1, module.count(".") + 2):
+            parent = ".".join(module.split(".")[:place])
+            monkeypatch.setitem(sys.modules, parent, sys.modules.get(parent) or types.ModuleType(parent))
+        for name, members in classes.items():
+            enums[name] = enum.Enum(name, members, module=module)
+            setattr(sys.modules[module], name, enums[name])
+    return enums
+
+
+def test_enums_in_the_arguments_are_read_without_megatron(megatron_enums, monkeypatch, tmp_path):
+    config, tensors, _ = dense()
+    args = {
+        "model_type": megatron_enums["ModelType"].encoder_or_decoder,
+        "attention_backend": megatron_enums["AttnBackend"].auto,
+        "cuda_graph_scope": [megatron_enums["CudaGraphScope"].attn],
+        "exit_signal": signal.SIGTERM,
+        "rerun_mode": megatron_enums["RerunMode"].disabled,
+        "save": Path("checkpoints"),
+    }
+    Writer(tensors, config, args=args).write(tmp_path)
+    for module in [name for name in sys.modules if name.partition(".")[0] == "megatron"]:
+        monkeypatch.delitem(sys.modules, module)
+    assert_bits(read_megatron(tmp_path), tensors)
+    assert "megatron" not in sys.modules
 
 
 def test_states_of_random_generators_are_read_past(tmp_path):

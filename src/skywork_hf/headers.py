@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import zipfile
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ SAFETENSORS_DTYPES = {
 # What an unquantised checkpoint's weights may be stored in.
 PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HEADER_LIMIT = 100_000_000  # safetensors' own
+# Where training programs put a model's tensors among other things.
+_WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
 
 
 @dataclass(frozen=True)
@@ -95,42 +98,128 @@ def _safetensors_header(file: Path) -> list[StoredTensor]:
                 raise ValueError("the header is longer than the file")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        begins = {name: 8 + length + int(entry["data_offsets"][0]) for name, entry in header.items()}
+        end = 8 + length + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{file} is not a whole safetensors file ({error}): download or write it again.") from error
-    if size != 8 + length + end:
+    if size != end:
         raise ValueError(
-            f"{file} has {size:,} bytes and its header speaks of {8 + length + end:,}: it is cut off or damaged; "
-            "download or write it again."
+            f"{file} has {size:,} bytes and its header speaks of {end:,}: it is cut off or damaged; download or write "
+            "it again."
         )
-    data = 8 + length
-    return [
-        StoredTensor(file, name, _dtype(file, name, entry), tuple(entry["shape"]), data + entry["data_offsets"][0])
+    tensors = [
+        StoredTensor(file, name, _dtype(file, name, entry), _shape(file, name, entry), begins[name])
         for name, entry in header.items()
     ]
+    _check_offsets(tensors, header)
+    return tensors
+
+
+def _check_offsets(tensors: list[StoredTensor], header: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: the tensors do not follow each other, each with the bytes that its dtype and shape make.
+    """
+    begin = 0
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
+        expected = [begin, begin + tensor.nbytes]
+        if header[tensor.name]["data_offsets"] != expected:
+            raise ValueError(
+                f"{tensor} has `data_offsets` {header[tensor.name]['data_offsets']}; as {tensor.dtype} "
+                f"{list(tensor.shape)}, after the tensors before it, it would have {expected}: download or write the "
+                "file again."
+            )
+        begin += tensor.nbytes
 
 
 def _dtype(file: Path, name: str, entry: dict[str, Any]) -> torch.dtype:
     try:
-        return SAFETENSORS_DTYPES[entry["dtype"]]
+        return SAFETENSORS_DTYPES[str(entry.get("dtype"))]
     except KeyError:
         raise ValueError(
-            f"`{name}` in {file} is stored as {entry['dtype']}, which torch cannot hold; expected one of "
+            f"`{name}` in {file} is stored as {entry.get('dtype')}, which torch cannot hold; expected one of "
             f"{', '.join(SAFETENSORS_DTYPES)}."
         ) from None
 
 
-def _pickle_header(file: Path) -> list[StoredTensor]:
-    try:
-        content = torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:
+def _shape(file: Path, name: str, entry: dict[str, Any]) -> tuple[int, ...]:
+    shape = entry.get("shape")
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(
-            f"{file} cannot be read as a checkpoint: {str(error).splitlines()[0]} Pickles that hold anything but "
-            "plain tensors are refused."
-        ) from error
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ValueError(f"{file} holds something else than named tensors.")
+            f"`{name}` in {file} has the `shape` {shape!r}: expected a list of sizes; download or write the file "
+            "again."
+        )
+    return tuple(shape)
+
+
+def open_pickle(file: Path, device: str = "cpu") -> Any:
+    """A pickle's content, mapped where it can be; of what torch allows, and no more.
+
+    Args:
+        device: "meta" reads no values.
+
+    Raises:
+        ValueError: it holds anything else, or cannot be read.
+    """
+    try:
+        return torch.load(file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file))
+    except PermissionError:
+        raise
+    except Exception as error:
+        if device == "meta" and isinstance(error, NotImplementedError):
+            return open_pickle(file)  # torch's own quantised tensors, which its meta device does not know
+        raise ValueError(f"{file} cannot be read as a checkpoint: {_why_not(error)}") from error
+
+
+def _why_not(error: Exception) -> str:
+    """What is wrong with a pickle; torch's own text advises to read it without `weights_only`."""
+    if stranger := re.search(r"GLOBAL (\S+)", str(error)):
+        return (
+            f"it holds a `{stranger[1]}`. Pickles that hold anything but plain tensors are refused, as they may run "
+            "any program: write it again without that."
+        )
+    first = next(iter(str(error).splitlines()), "")
+    detail = "" if not first or "weights_only" in first else f" ({first})"
+    return f"it is empty, cut off, or nothing that `torch.save` wrote{detail}; download or write it again."
+
+
+def _pickle_header(file: Path) -> list[StoredTensor]:
+    content = open_pickle(file, "meta")
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{file} holds something else than named tensors, a {type(content).__name__}: expected a model's "
+            "`state_dict()`; write that."
+        )
+    for name, value in content.items():
+        _check_stored(file, name, value)
     return [StoredTensor(file, name, value.dtype, tuple(value.shape)) for name, value in content.items()]
+
+
+def _check_stored(file: Path, name: Any, value: Any) -> None:
+    """
+    Raises:
+        ValueError: it is no tensor with a name that a safetensors file could hold.
+    """
+    if isinstance(value, dict) and name in _WRAPPERS:
+        raise ValueError(
+            f"{file} holds something else than named tensors: its tensors are inside {name!r}; write that inner "
+            "dictionary alone."
+        )
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(
+            f"{file} holds something else than named tensors: {name!r} is of type {type(value).__name__}; write it "
+            "again without that."
+        )
+    if not isinstance(name, str):
+        raise ValueError(f"{file} holds a tensor called {name!r}: expected a name; write it again without that.")
+    if value.is_quantized or value.layout != torch.strided:
+        kind = "quantised by torch" if value.is_quantized else f"stored as {value.layout}"
+        raise ValueError(f"`{name}` in {file} is {kind}: expected a plain tensor; write it again as one.")
+    if value.dtype not in SAFETENSORS_DTYPES.values():
+        raise ValueError(
+            f"`{name}` in {file} is stored as {value.dtype}, which is not converted; expected one of "
+            f"{', '.join(SAFETENSORS_DTYPES)}."
+        )
 
 
 def read_tensors(tensors: list[StoredTensor]) -> dict[str, torch.Tensor]:
@@ -142,7 +231,7 @@ def read_tensors(tensors: list[StoredTensor]) -> dict[str, torch.Tensor]:
             with safe_open(file, framework="pt") as opened:
                 values |= {name: opened.get_tensor(name) for name in names}
         else:
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            content = open_pickle(file)
             values |= {name: content[name] for name in names}
     return values
 

@@ -152,15 +152,16 @@ _Shards = dict[_Key, _Slices]
 
 
 def is_megatron(folder: Path) -> bool:
-    """Whether this is a folder of a Megatron-LM run, or of one of its iterations."""
-    return (folder / LATEST_FILE).is_file() or any(folder.glob("mp_rank_*"))
+    """Whether this is a folder of a Megatron-LM run, of one of its iterations, or of one rank."""
+    signs = (LATEST_FILE, RANK_FILE, "mp_rank_*", "iter_*/mp_rank_*")
+    return any(next(folder.glob(sign), None) for sign in signs)
 
 
 def read_megatron(folder: Path, config: SkyworkConfig | SkyworkMoeConfig | None = None) -> Source:
     """Find out what a checkpoint of Megatron-LM holds, and that it is whole. Reads no weights.
 
     Args:
-        folder: of a run, whose latest iteration is taken, or of an iteration.
+        folder: of a run, whose latest or only iteration is taken, or of an iteration.
         config: what the run's own arguments do not say; None makes one of these. They know nothing of Skywork-MoE's
             gate, which then has the defaults of `SkyworkMoeConfig`.
 
@@ -184,9 +185,13 @@ def read_megatron(folder: Path, config: SkyworkConfig | SkyworkMoeConfig | None 
 
 
 def _iteration_folder(folder: Path) -> Path:
+    if (folder / RANK_FILE).is_file():
+        raise ValueError(
+            f"{folder} holds one rank of a checkpoint: give {folder.absolute().parent}, with all of them."
+        )
     latest = folder / LATEST_FILE
     if not latest.is_file():
-        return folder
+        return _only_iteration(folder)
     text = latest.read_text(encoding="utf-8").strip()
     if text != "release" and not text.isdecimal():
         raise ValueError(f"{latest} says {text[:40]!r}: expected the number of an iteration, or `release`.")
@@ -194,6 +199,16 @@ def _iteration_folder(folder: Path) -> Path:
     if not iteration.is_dir():
         raise ValueError(f"{latest} names {iteration.name}, which is not there: copy it, or give another iteration.")
     return iteration
+
+
+def _only_iteration(folder: Path) -> Path:
+    """The iteration in a run's folder that does not say which is the latest; any other folder is one itself."""
+    iterations = sorted({ranks.parent for ranks in folder.glob("iter_*/mp_rank_*")})
+    if len(iterations) > 1:
+        raise ValueError(
+            f"{folder} has no {LATEST_FILE} and {len(iterations)} iterations: give one, such as {iterations[-1]}."
+        )
+    return iterations[0] if iterations else folder
 
 
 def _read_ranks(folder: Path) -> _Ranks:

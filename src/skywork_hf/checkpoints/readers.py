@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
-import zipfile
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PosixPath
+from signal import Signals
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..headers import StoredTensor
+from ..headers import StoredTensor, open_pickle
 
 # numpy's own way to pickle an array; older ones name it otherwise.
 _RECONSTRUCT = np.empty(0).__reduce__()[0]
-# In training checkpoints' pickles: the arguments of the run, the states of random number generators, which are arrays,
-# and buffers of bytes. Everything else that is no tensor is refused.
+# Enums of Megatron-LM, by the names that its versions have for them.
+_ENUMS = (
+    "megatron.core.enums.ModelType",
+    "megatron.model.enums.ModelType",
+    "megatron.core.transformer.enums.AttnBackend",
+    "megatron.core.transformer.enums.CudaGraphModule",
+    "megatron.core.transformer.enums.CudaGraphScope",
+    "megatron.core.rerun_state_machine.RerunDiagnostic",
+    "megatron.core.rerun_state_machine.RerunMode",
+    "megatron.core.rerun_state_machine.RerunState",
+)
+
+
+@dataclass(frozen=True)
+class EnumMember:
+    """Stands for a member of any enum of Megatron-LM, so that reading its pickles does not import it."""
+
+    value: Any
+
+
+# In training checkpoints' pickles: the arguments of the run, which may hold enums and paths, the states of random
+# number generators, which are arrays, and buffers of bytes. Everything else that is no tensor is refused.
 MEGATRON_GLOBALS: list[Any] = [
     Namespace,
+    SimpleNamespace,
+    PosixPath,
+    Signals,
     BytesIO,
     np.ndarray,
     np.dtype,
@@ -28,6 +53,7 @@ MEGATRON_GLOBALS: list[Any] = [
     _RECONSTRUCT,
     (_RECONSTRUCT, "numpy.core.multiarray._reconstruct"),
     (_RECONSTRUCT, "numpy._core.multiarray._reconstruct"),
+    *((EnumMember, name) for name in _ENUMS),
 ]
 _OPEN_FILES = 4
 
@@ -78,14 +104,8 @@ def load_pickle(file: Path, device: str = "cpu") -> Any:
     Raises:
         ValueError: it holds anything else, or cannot be read.
     """
-    try:
-        with torch.serialization.safe_globals(MEGATRON_GLOBALS):
-            return torch.load(file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:
-        raise ValueError(
-            f"{file} cannot be read as a checkpoint: {str(error).splitlines()[0]} Pickles that hold anything but "
-            "tensors and plain values are refused."
-        ) from error
+    with torch.serialization.safe_globals(MEGATRON_GLOBALS):
+        return open_pickle(file, device)
 
 
 def flat_tensors(content: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
