@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_dense_config
+from tiny import tiny_dense_config, tiny_moe_config, tokens
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
-from skywork_hf import SkyworkForCausalLM
+from skywork_hf import (
+    SkyworkConfig,
+    SkyworkForCausalLM,
+    SkyworkForSequenceClassification,
+    SkyworkModel,
+    SkyworkMoeModel,
+)
+from skywork_hf.checkpoints.comparison import compare_checkpoints
+from skywork_hf.checkpoints.convert import convert_checkpoint
+from skywork_hf.checkpoints.inspection import inspect_checkpoint
 from skywork_hf.checkpoints.sources import read_source
 
 HEAD = "lm_head.weight"
@@ -154,3 +172,136 @@ def test_a_torchscript_archive(pickled):
 def test_parameters_are_tensors(pickled):
     folder = pickled(lambda s: {name: torch.nn.Parameter(tensor) for name, tensor in s.items()})
     assert len(read_source(folder).recipes) == len(SkyworkForCausalLM(tiny_dense_config()).state_dict())
+
+
+def test_a_stray_pickle_beside_shards_that_no_index_names(dense):
+    state = SkyworkForCausalLM.from_pretrained(dense).state_dict()
+    (dense / "model.safetensors").unlink()
+    names = list(state)
+    torch.save({name: state[name] for name in names[:8]}, dense / "pytorch_model-00001-of-00002.bin")
+    torch.save({name: state[name] for name in names[8:]}, dense / "pytorch_model-00002-of-00002.bin")
+    assert len(read_source(dense).recipes) == len(names)
+    torch.save({"optimizer": {"step": 3}}, dense / "optimizer.bin")
+    message = refusal(dense)
+    assert str(dense / "optimizer.bin") in message
+    assert "No index names the shards, so that all *.bin files were taken" in message
+
+
+# --- configs
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{}", "is of a None model"),
+        ("nope", "is not JSON"),
+        ("[]", "does not hold a JSON object"),
+        ('{"model_type": "skywork", "num_attention_heads": 5}', "describes no model that can be built"),
+        (None, "is not there"),
+        ("FOLDER", "is a folder"),
+    ],
+)
+@pytest.mark.parametrize("beside", [True, False])
+def test_configs_that_are_none(content, said, beside, tmp_path):
+    """Beside the weights, beside Megatron-LM's folders, and given."""
+    (tmp_path / "run" / "iter_0000001" / "mp_rank_00").mkdir(parents=True)
+    file = tmp_path / ("run/config.json" if beside else "given.json")
+    if content == "FOLDER":
+        file.mkdir()
+    elif content is not None:
+        file.write_text(content)
+    arguments: dict[str, Any] = {} if beside else {"config": file}
+    if content is None and beside:
+        shutil.rmtree(tmp_path / "run")
+        (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match=f"{re.escape(str(file))} {said}"):
+        convert_checkpoint(tmp_path / "run", tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+# --- models without a head
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config"), [(SkyworkModel, tiny_dense_config), (SkyworkMoeModel, tiny_moe_config)]
+)
+def test_a_base_model_is_refused_and_the_way_out_works(model_class, config, tmp_path):
+    model_class(config()).save_pretrained(tmp_path / "base")
+    assert "holds a base model" in refusal(tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "whole")
+    whole = read_source(tmp_path / "whole")
+    assert {product.name for recipe in whole.recipes for product in recipe.products} >= {HEAD, "model.norm.weight"}
+
+
+# --- Llama
+
+
+def as_llama(config: Any, model_class: Any, folder: Path, **changes: Any) -> Any:
+    """A Llama of the shape of a Skywork model, saved by transformers."""
+    shape = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
+    model = model_class(LlamaConfig(**{**shape, **changes})).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}},
+        {"hidden_act": "swish", "rms_norm_eps": 1e-5, "pad_token_id": None},
+    ],
+)
+def test_a_llama_is_read(changes, tmp_path):
+    llama = as_llama(tiny_dense_config(), LlamaForCausalLM, tmp_path / "llama", **changes)
+    source = read_source(tmp_path / "llama")
+    assert (source.layout, type(source.config)) == ("llama", SkyworkConfig)
+    assert "Llama layout" in inspect_checkpoint(tmp_path / "llama").layout
+    folder = convert_checkpoint(tmp_path / "llama", tmp_path / "hub")
+    skywork = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(skywork) is SkyworkForCausalLM
+    ids = tokens()
+    with torch.no_grad():
+        assert torch.equal(skywork(ids).logits, llama(ids).logits)
+
+
+def test_a_llama_that_classifies_is_read(tmp_path):
+    llama = as_llama(tiny_dense_config(num_labels=3), LlamaForSequenceClassification, tmp_path / "llama")
+    folder = convert_checkpoint(tmp_path / "llama", tmp_path / "hub")
+    skywork = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert type(skywork) is SkyworkForSequenceClassification
+    ids = tokens(batch=1)
+    with torch.no_grad():
+        assert torch.equal(skywork(ids).logits, llama(ids).logits)
+
+
+def test_what_was_written_as_a_llama_is_read_back(dense, tmp_path):
+    llama = convert_checkpoint(dense, tmp_path / "llama", to="llama")
+    assert compare_checkpoints(dense, llama).is_equal
+    back = convert_checkpoint(llama, tmp_path / "back")
+    assert compare_checkpoints(dense, back).is_equal
+    assert json.loads((back / "config.json").read_text())["architectures"] == ["SkyworkForCausalLM"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"attention_bias": True}, "`attention_bias` is True"),
+        ({"mlp_bias": True}, "`mlp_bias` is True"),
+        ({"hidden_act": "gelu"}, "`hidden_act` is 'gelu'"),
+        ({"num_local_experts": 4}, "there are experts"),
+        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "`rope_type`='spiral'"),
+    ],
+)
+def test_a_llama_that_no_skywork_model_is(changes, said, tmp_path):
+    as_llama(tiny_dense_config(), LlamaForCausalLM, tmp_path)
+    edit_config(tmp_path, **changes)
+    message = refusal(tmp_path)
+    assert str(tmp_path / "config.json") in message
+    assert said in message

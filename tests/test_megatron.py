@@ -508,6 +508,25 @@ def test_config_of_the_arguments(tmp_path):
     assert (made.vocab_size, made.intermediate_size) == (config.vocab_size, config.intermediate_size)
 
 
+@pytest.mark.parametrize("said", [{}, {"moe_2layer_gate": False}, {"moe_feature_no_mul_topk": False}])
+def test_a_config_means_the_same_beside_megatrons_folders_and_given(said, tmp_path):
+    config, tensors, _ = moe()
+    run = tmp_path / "run"
+    Writer(tensors, config).write(run)
+    fields = config.to_dict()
+    for name in ("moe_2layer_gate", "moe_feature_no_mul_topk"):
+        del fields[name]
+    given = tmp_path / "given.json"
+    given.write_text(json.dumps({**fields, **said}))
+    first = convert_checkpoint(run, tmp_path / "first", config=given)
+    shutil.copy(given, run / "config.json")
+    second = convert_checkpoint(run, tmp_path / "second")
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (first, second)]
+    assert configs[0] == configs[1]
+    assert configs[0].get("moe_2layer_gate", False) is False
+    assert configs[0].get("moe_feature_no_mul_topk", True) == said.get("moe_feature_no_mul_topk", True)
+
+
 # --- what is refused
 
 

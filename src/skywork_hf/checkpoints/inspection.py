@@ -6,6 +6,7 @@ import json
 import math
 import textwrap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,17 @@ from ..headers import StoredTensor, read_headers
 from ..quantization.checks import INPUT_SCALE_NAMES
 from ..quantization.config import INT8_METHOD
 from .layouts import (
+    HUB,
+    LLAMA,
     OTHER,
     PARTS,
+    TRAINING,
     TRAINING_MARK,
     config_of,
     hub_shapes,
+    is_base_model,
     is_training_layout,
+    layout_named,
     part_named,
     to_training,
 )
@@ -33,6 +39,11 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 # In the order in which transformers looks for them.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 LISTED_NAMES = 8
+_LAYOUTS = {
+    HUB: "Hub layout",
+    TRAINING: f"training layout (`{TRAINING_MARK}` in the names), older than the Hub's",
+    LLAMA: "Llama layout (the Hub's names, and a config of `LlamaForCausalLM`)",
+}
 
 _SCALES = "scales"
 _INDENT = 15
@@ -167,8 +178,8 @@ def inspect_checkpoint(path: str | Path) -> CheckpointReport:
     """Say what a checkpoint is and whether it is whole, without reading a weight.
 
     Args:
-        path: a local folder with `config.json` and weight files, released, saved by transformers, quantised, or in
-            the training layout.
+        path: a local folder with `config.json` and weight files, released, saved by transformers, quantised, as a
+            Llama, or in the training layout.
 
     Raises:
         ValueError: `path` is not a folder; `config.json` is missing or not Skywork's; there are no weight files; a
@@ -180,11 +191,12 @@ def inspect_checkpoint(path: str | Path) -> CheckpointReport:
             f"{folder} is not a folder: expected one with config.json and weight files. `hf download OWNER/NAME` "
             "fetches a checkpoint from the Hub and prints its folder."
         )
-    raw = _read_config(folder / CONFIG_FILE)
+    raw = _read_raw_config(folder / CONFIG_FILE)
     files, index, missing_shards = weight_files(folder)
-    stored = read_headers(files)
+    stored = _read_headers(files, index)
     config, shapes = _model_of(folder / CONFIG_FILE, raw, is_training_layout(stored))
-    contents = _Contents(stored, shapes, raw.get("quantization_config") or {})
+    layout = layout_named(raw["model_type"], stored)
+    contents = _Contents(stored, shapes, raw.get("quantization_config") or {}, layout)
     parts = contents.parts()
     parameters = {part.name: part.parameters or 0 for part in parts}
     total = sum(parameters.values())
@@ -207,21 +219,51 @@ def inspect_checkpoint(path: str | Path) -> CheckpointReport:
     )
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ValueError(f"{file} is not there: copy or download it from where the weights came from.")
-    raw = _read_json(file)
-    if raw.get("model_type") not in ("skywork", "skywork_moe"):
+def read_config(file: Path, training: bool = False) -> SkyworkConfig | SkyworkMoeConfig:
+    """The config that a file describes.
+
+    Args:
+        file: a `config.json`.
+        training: whether it lies beside weights in the training layout.
+
+    Raises:
+        ValueError: it is not there, not JSON, not Skywork's, or describes no model. Names the file.
+    """
+    raw = _read_raw_config(file)
+    with _naming(file):
+        return config_of(raw, training)
+
+
+def _read_raw_config(file: Path) -> dict[str, Any]:
+    raw = read_json(file)
+    if raw.get("model_type") not in ("skywork", "skywork_moe", LLAMA):
         raise ValueError(
-            f'{file} is of a {raw.get("model_type")!r} model: expected `model_type` "skywork" or "skywork_moe". '
-            "Inspect a Skywork checkpoint, or take config.json from where the weights came from."
+            f'{file} is of a {raw.get("model_type")!r} model: expected `model_type` "skywork" or "skywork_moe", or '
+            '"llama", as a dense one may be called. Take config.json from where the weights came from.'
         )
     if not isinstance(raw.get("quantization_config") or {}, dict):
         raise ValueError(f"`quantization_config` of {file} is not a dictionary: download or write the file again.")
     return raw
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Name the config in whatever is raised: there are as many kinds as there are values that no model is made of."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{file} describes no model that can be built: {' '.join(str(error).split())}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: the file is not there, not JSON, or holds no object.
+    """
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder: expected a JSON file.")
+    if not file.is_file():
+        raise ValueError(f"{file} is not there: copy or download it from where the weights came from.")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -235,11 +277,21 @@ def _model_of(file: Path, raw: dict[str, Any], training: bool) -> tuple[Any, dic
     """The config, and name and shape of every tensor of the model that it describes, under the Hub's names."""
     # Quantised modules need the methods' own libraries; what lies beside a weight is added where it is looked for.
     plain = {key: value for key, value in raw.items() if key != "quantization_config"}
-    try:
+    with _naming(file):
         config = config_of(plain, training)
         return config, hub_shapes(config)
-    except Exception as error:  # as many kinds as there are values that a shape cannot be made of
-        raise ValueError(f"{file} describes no model that can be built: {' '.join(str(error).split())}") from error
+
+
+def _read_headers(files: list[Path], index: str | None) -> dict[str, StoredTensor]:
+    try:
+        return read_headers(files)
+    except ValueError as error:
+        if index or files[0].name in WEIGHT_FILES:
+            raise
+        raise ValueError(
+            f"{error} No index names the shards, so that all *{files[0].suffix} files were taken for some: move away "
+            "what is none."
+        ) from error
 
 
 def weight_files(folder: Path) -> tuple[list[Path], str | None, tuple[str, ...]]:
@@ -266,7 +318,7 @@ def weight_files(folder: Path) -> tuple[list[Path], str | None, tuple[str, ...]]
 
 
 def _shards(index: Path) -> list[str]:
-    names = _read_json(index).get("weight_map")
+    names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
         raise ValueError(f"{index} has no `weight_map` from tensors to files: download or write it again.")
     return sorted(set(names.values()))
@@ -279,22 +331,27 @@ class _Contents:
         stored: the files' tensors.
         hub_shapes: name and shape of every tensor of the model, under the Hub's names.
         quantization: `quantization_config` of `config.json`; empty where it has none.
+        layout: "hub", "training" or "llama".
     """
 
     def __init__(
-        self, stored: dict[str, StoredTensor], hub_shapes: dict[str, tuple[int, ...]], quantization: dict[str, Any]
+        self,
+        stored: dict[str, StoredTensor],
+        hub_shapes: dict[str, tuple[int, ...]],
+        quantization: dict[str, Any],
+        layout: str,
     ) -> None:
         self.stored = stored
         self.quantization = quantization
-        self.is_training_layout = is_training_layout(stored)
-        self.is_base_model = not any(name.startswith("model.") for name in stored)
+        self.names_of = layout
+        self.is_base_model = is_base_model(stored)
         self.expected = {self._as_in_files(name): shape for name, shape in hub_shapes.items()}
         self.declared = _declared_storage(quantization)
         self.found = self._found_storage()
         self.beside = set(self._names_beside_weights())
 
     def _as_in_files(self, name: str) -> str:
-        if self.is_training_layout:
+        if self.names_of == TRAINING:
             name = to_training(name)
         return name.removeprefix("model.") if self.is_base_model else name
 
@@ -345,9 +402,7 @@ class _Contents:
         return part_named(name)
 
     def layout(self) -> str:
-        kind = "Hub layout"
-        if self.is_training_layout:
-            kind = f"training layout (`{TRAINING_MARK}` in the names), older than the Hub's"
+        kind = _LAYOUTS[self.names_of]
         if self.is_base_model:
             kind += ", base model (no `model.` before the names)"
         dtypes = sorted({self._stored_as(name) for name in self.expected if name in self.stored})

@@ -6,8 +6,9 @@ import re
 from typing import Any
 
 import torch
+from transformers import LlamaConfig
 
-from ..configuration_skywork import SkyworkConfig, SkyworkMoeConfig
+from ..configuration_skywork import SkyworkConfig, SkyworkMoeConfig, experts_of
 from ..modeling_skywork import SkyworkForCausalLM, SkyworkForSequenceClassification
 from ..modeling_skywork_moe import SkyworkMoeForCausalLM
 
@@ -23,6 +24,9 @@ _TRAINING_NAMES = (
 TRAINING_MARK = "mlp.moe."
 # What a field means in the training layout where its config does not have it. The Hub's has other defaults.
 _TRAINING_DEFAULTS = {"moe_2layer_gate": True, "moe_feature_no_mul_topk": False}
+
+# Where Llama leaves a choice, what Skywork's dense models are.
+_CHOICES_OF_LLAMA = {"attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu", "swish")}
 
 # The parts of a model, by what the names of their tensors contain in either layout; the first that fits counts.
 PARTS = {
@@ -57,6 +61,17 @@ def is_training_layout(names: Any) -> bool:
     return any(TRAINING_MARK in name for name in names)
 
 
+def is_base_model(names: Any) -> bool:
+    return not any(name.startswith("model.") for name in names)
+
+
+def layout_named(model_type: str, names: Any) -> str:
+    """The layout of the files beside a config of this `model_type`, whose tensors have these names."""
+    if model_type == LLAMA:
+        return LLAMA
+    return TRAINING if is_training_layout(names) else HUB
+
+
 def part_named(name: str) -> str:
     """The part of the model that a tensor belongs to, a key of `PARTS`, or "other"."""
     return next((part for part, pattern in PARTS.items() if re.search(pattern, name)), OTHER)
@@ -68,11 +83,27 @@ def config_of(raw: dict[str, Any], training: bool = False) -> SkyworkConfig | Sk
     Args:
         raw: its content.
         training: whether it lies beside weights in the training layout.
+
+    Raises:
+        ValueError: it is a Llama's that no Skywork model computes; names the field.
     """
+    if raw["model_type"] == LLAMA:
+        raw = _skywork_of_llama(raw)
     if training:
         raw = {**_TRAINING_DEFAULTS, **raw}
     config_class = SkyworkMoeConfig if raw["model_type"] == "skywork_moe" else SkyworkConfig
     return config_class.from_dict({**raw, "experts_layout": "modular"})
+
+
+def _skywork_of_llama(raw: dict[str, Any]) -> dict[str, Any]:
+    if experts_of(raw) is not None:
+        raise ValueError("`model_type` is 'llama', and there are experts: take the config.json of these weights.")
+    llama = LlamaConfig.from_dict(raw).to_dict()  # with Llama's defaults, which its files do not state
+    for field, choices in _CHOICES_OF_LLAMA.items():
+        if llama[field] not in choices:
+            raise ValueError(f"`{field}` is {llama[field]!r}, and a Skywork model has {choices[0]!r}: it is none.")
+    architectures = [name.replace("Llama", "Skywork") for name in llama["architectures"] or []]
+    return {**llama, "model_type": SkyworkConfig.model_type, "architectures": architectures}
 
 
 def model_class_of(config: SkyworkConfig | SkyworkMoeConfig) -> Any:

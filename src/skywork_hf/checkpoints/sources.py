@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from ..configuration_skywork import SkyworkConfig, SkyworkMoeConfig
 from ..headers import StoredTensor, read_headers
-from .inspection import CONFIG_FILE, inspect_checkpoint, weight_files
-from .layouts import HUB, TRAINING, config_of, hub_shapes, is_training_layout, to_hub
+from .inspection import CONFIG_FILE, inspect_checkpoint, read_config, read_json, weight_files
+from .layouts import hub_shapes, is_base_model, is_training_layout, layout_named, to_hub
 from .megatron import is_megatron, read_megatron
 from .recipes import Recipe, Source, unchanged
 
@@ -19,7 +18,7 @@ def read_source(folder: Path, config: SkyworkConfig | SkyworkMoeConfig | None = 
     """Find out what a checkpoint is, and that it is whole. Reads no weights.
 
     Args:
-        folder: in the Hub's layout, the training layout, or of Megatron-LM.
+        folder: in the Hub's layout, the training layout, as a Llama, or of Megatron-LM.
         config: for Megatron's, which may not say enough of themselves.
 
     Raises:
@@ -31,15 +30,21 @@ def read_source(folder: Path, config: SkyworkConfig | SkyworkMoeConfig | None = 
     _check_whole(folder)
     files, _, _ = weight_files(folder)
     stored = read_headers(files)
-    training = is_training_layout(stored)
-    found = config_of(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), training)
+    if is_base_model(stored):
+        raise ValueError(
+            f"{folder} holds a base model (names without `model.`), which has no head: give the checkpoint that it "
+            "was made from, or save it with a new head, by AutoModelForCausalLM.from_pretrained and save_pretrained."
+        )
+    found = read_config(folder / CONFIG_FILE, is_training_layout(stored))
+    layout = layout_named(read_json(folder / CONFIG_FILE)["model_type"], stored)
     recipes, ignored = _recipes(stored, list(hub_shapes(found)))
-    return Source(TRAINING if training else HUB, folder, found, recipes, ignored)
+    return Source(layout, folder, found, recipes, ignored)
 
 
 def _config_beside(folder: Path) -> SkyworkConfig | SkyworkMoeConfig | None:
+    # Means what `config` means: the training layout's defaults, such as a gate of two layers, are not Megatron-LM's.
     file = folder / CONFIG_FILE
-    return config_of(json.loads(file.read_text(encoding="utf-8")), training=True) if file.is_file() else None
+    return read_config(file) if file.exists() else None
 
 
 def _check_whole(folder: Path) -> None:
@@ -61,11 +66,11 @@ def _check_whole(folder: Path) -> None:
 
 def _recipes(stored: dict[str, StoredTensor], order: list[str]) -> tuple[list[Recipe], list[StoredTensor]]:
     """One recipe for each stored tensor, those beside a quantised weight after it, and what nothing is made of."""
-    places = {name.removeprefix("model."): place for place, name in enumerate(order)}
+    places = {name: place for place, name in enumerate(order)}
     by_module = {name.rpartition(".")[0]: place for name, place in places.items()}
 
     def place_of(name: str) -> tuple[int, str]:
-        name = to_hub(name).removeprefix("model.")
+        name = to_hub(name)
         module = name
         while name not in places and module not in by_module and "." in module:
             module = module.rpartition(".")[0]
