@@ -15,9 +15,10 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMode
 
 from .configuration_skywork import SkyworkConfig
 from .loading import SkyworkLoadingMixin
+from .losses import SkyworkLossMixin
 
 
-class SkyworkPreTrainedModel(SkyworkLoadingMixin, LlamaPreTrainedModel):
+class SkyworkPreTrainedModel(SkyworkLoadingMixin, SkyworkLossMixin, LlamaPreTrainedModel):
     config: SkyworkConfig
     config_class = SkyworkConfig
 

@@ -37,6 +37,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_skywork import SkyworkMoeConfig
 from .loading import SkyworkLoadingMixin
+from .losses import SkyworkLossMixin, at_least_one, target_count
 
 logger = logging.get_logger(__name__)
 
@@ -78,7 +79,9 @@ def load_balancing_loss(
     device = router_logits[0].device
     weight = token_weights(router_logits[0], attention_mask)
     weight = weight / weight.sum().clamp_min(1)
-    load = torch.stack([weight @ routing_probabilities(logits.to(device), config) for logits in router_logits])
+    load = torch.stack(
+        [weighted_sum(weight, routing_probabilities(logits.to(device), config)) for logits in router_logits]
+    )
     return (1 / config.num_local_experts - load).square().sum(dim=-1)
 
 
@@ -90,6 +93,12 @@ def token_weights(router_logits: torch.Tensor, attention_mask: torch.Tensor | No
         return torch.ones(tokens, device=router_logits.device)
     mask = attention_mask[:, -(tokens // attention_mask.shape[0]) :]
     return mask.reshape(-1).to(router_logits.device, torch.float32)
+
+
+def weighted_sum(weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The sum over rows of `values` [rows, columns], each times its `weight` [rows]: [columns]. No matmul, which
+    autocast would round to 16 bit."""
+    return (weight.unsqueeze(-1) * values).sum(dim=0)
 
 
 class SkyworkMoeGate(MixtralTopKRouter):
@@ -295,7 +304,7 @@ class SkyworkMoeSparseLayer(SkyworkMoeDecoderLayer):
         return self.block_sparse_moe
 
 
-class SkyworkMoePreTrainedModel(SkyworkLoadingMixin, MixtralPreTrainedModel):
+class SkyworkMoePreTrainedModel(SkyworkLoadingMixin, SkyworkLossMixin, MixtralPreTrainedModel):
     config: SkyworkMoeConfig
     config_class = SkyworkMoeConfig
     _no_split_modules = ["SkyworkMoeDenseLayer", "SkyworkMoeSparseLayer"]
@@ -435,7 +444,7 @@ class SkyworkMoeForCausalLM(SkyworkMoePreTrainedModel, MixtralForCausalLM):
     def _weighted(self, layer_losses: torch.Tensor) -> torch.Tensor:
         if self.aux_loss_coefficients is None:
             return self.config.router_aux_loss_coef * layer_losses.sum()
-        return self.aux_loss_coefficients.to(layer_losses.device) @ layer_losses
+        return (self.aux_loss_coefficients.to(layer_losses.device) * layer_losses).sum()
 
 
 def _share_of_step(
@@ -444,8 +453,8 @@ def _share_of_step(
     """How much of the target tokens of an optimiser's step, of which there are `items`, a batch has."""
     if items is None:
         return 1.0
-    targets = labels[..., 1:] if shift_labels is None else shift_labels
-    targets_here = targets.ne(-100).sum()
+    targets_here = target_count(labels, shift_labels)
+    items = at_least_one(items)
     return targets_here / (items.to(targets_here.device) if isinstance(items, torch.Tensor) else items)
 
 
