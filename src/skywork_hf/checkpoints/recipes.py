@@ -71,6 +71,8 @@ class Source:
         recipes: one for each group of tensors of the model, under the Hub's names, in the model's order.
         ignored: stored tensors that nothing is made of, such as tables of rotary frequencies.
         tokenizer: the folder of the tokenizer, where it is another one.
+        changes: what was done to the checkpoint that was read, a line each, with all that the result depends on and
+            that neither `recipes` nor `config` show.
     """
 
     layout: str
@@ -79,3 +81,4 @@ class Source:
     recipes: list[Recipe]
     ignored: list[StoredTensor] = field(default_factory=list)
     tokenizer: Path | None = None
+    changes: tuple[str, ...] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -33,24 +34,41 @@ def is_quantized(source: Source) -> bool:
 def refuse_quantized(source: Source, what: str) -> None:
     """
     Raises:
-        ValueError: the checkpoint is quantised already.
+        ValueError: the checkpoint is quantised already, or holds weights that are no floats.
     """
     if is_quantized(source):
         raise ValueError(f"{source.folder} is quantised already, so that {what} is not possible: take the 16-bit one.")
+    for product in (product for recipe in source.recipes for product in recipe.products):
+        if product.dtype not in PLAIN_DTYPES:
+            raise ValueError(
+                f"`{product.name}` in {source.folder} is stored as {_name_of(product.dtype)}, so that {what} is not "
+                f"possible: expected one of {_PLAIN_NAMES}."
+            )
 
 
-def cast(source: Source, dtype: torch.dtype) -> Source:
+def cast(source: Source, dtype: str | torch.dtype) -> Source:
     """Every tensor in another dtype.
 
     Raises:
         ValueError: `dtype` is no float that weights are stored in, or the checkpoint is quantised.
     """
-    if dtype not in PLAIN_DTYPES:
-        names = ", ".join(str(known).removeprefix("torch.") for known in PLAIN_DTYPES)
-        raise ValueError(f"`dtype`={dtype}: expected one of {names}.")
+    found = next((known for known in PLAIN_DTYPES if dtype in (known, _name_of(known))), None)
+    if found is None:
+        raise ValueError(f"`dtype`={dtype}: expected one of {_PLAIN_NAMES}.")
     refuse_quantized(source, "another dtype")
-    config = _changed(source.config, dtype=dtype)
-    return replace(source, config=config, recipes=[_cast(recipe, dtype) for recipe in source.recipes])
+    return replace(
+        source,
+        config=_changed(source.config, dtype=found),
+        recipes=[_cast(recipe, found) for recipe in source.recipes],
+        changes=(*source.changes, f"cast to {_name_of(found)}"),
+    )
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_PLAIN_NAMES = ", ".join(map(_name_of, PLAIN_DTYPES))
 
 
 def _cast(recipe: Recipe, dtype: torch.dtype) -> Recipe:
@@ -61,7 +79,21 @@ def _cast(recipe: Recipe, dtype: torch.dtype) -> Recipe:
 
 
 def _make_cast(recipe: Recipe, dtype: torch.dtype, sources: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [value.to(dtype) for value in recipe.values(sources)]
+    values = recipe.values(sources)
+    made = [value.to(dtype) for value in values]
+    for product, value, cast_value in zip(recipe.products, values, made, strict=True):
+        _check_range(product.name, value, cast_value)
+    return made
+
+
+def _check_range(name: str, value: torch.Tensor, cast_value: torch.Tensor) -> None:
+    if torch.finfo(cast_value.dtype).max >= torch.finfo(value.dtype).max or not cast_value.isinf().any():
+        return
+    if (cast_value.isinf() & value.isfinite()).any():
+        raise ValueError(
+            f"`{name}` holds values beyond {torch.finfo(cast_value.dtype).max:.5g}, the largest of "
+            f"{_name_of(cast_value.dtype)}: take one with a larger range."
+        )
 
 
 def quantize(source: Source, method: str) -> Source:
@@ -77,7 +109,7 @@ def quantize(source: Source, method: str) -> Source:
     linears = {f"{name}.weight" for name in linears_to_quantize(empty_model(source.config), None)}
     config = _changed(source.config, quantization_config=QUANTIZATIONS[method]())
     recipes = [_quantized(recipe, linears, method) for recipe in source.recipes]
-    return replace(source, config=config, recipes=recipes)
+    return replace(source, config=config, recipes=recipes, changes=(*source.changes, f"quantised to {method}"))
 
 
 def _quantized(recipe: Recipe, linears: set[str], method: str) -> Recipe:
@@ -128,15 +160,17 @@ def upcycle(
         top_k: experts chosen for each token.
         interval: layer N becomes a MoE layer where (N + 1) % interval == 0.
         seed: of the gate and of the noise.
-        noise: standard deviation of what is added to each expert's weights, as a share of their own.
+        noise: standard deviation of what is added to each expert's weights, as a share of their own; 0 or more.
         fields: of `SkyworkMoeConfig`, such as `moe_use_logits_norm`.
 
     Raises:
-        ValueError: the checkpoint has experts, or is quantised.
+        ValueError: the checkpoint has experts, is quantised or is no causal language model; or an argument is out of
+            its range.
     """
     if isinstance(source.config, SkyworkMoeConfig):
         raise ValueError(f"{source.folder} has experts already: upcycling starts from a dense checkpoint.")
     refuse_quantized(source, "upcycling")
+    _check_arguments(source, experts, top_k, interval, noise)
     shape = {
         key: value for key, value in source.config.to_dict().items() if key not in ("model_type", "architectures")
     }
@@ -147,8 +181,28 @@ def upcycle(
     copied = [_upcycled(recipe, config, seed, noise) for recipe in source.recipes]
     recipes = [new for group in copied for new in group] + _gates(config, source.recipes[0].products[0].dtype, seed)
     order = {name: place for place, name in enumerate(hub_shapes(config))}
+    if unknown := next((p.name for recipe in recipes for p in recipe.products if p.name not in order), None):
+        raise ValueError(
+            f"{source.folder} holds `{unknown}`, which a MoE model has no place for: upcycling starts from a causal "
+            "language model, as `SkyworkForCausalLM` saves it."
+        )
     recipes.sort(key=lambda recipe: order[recipe.products[0].name])
-    return replace(source, config=config, recipes=recipes)
+    change = f"upcycled: {experts} experts, top {top_k}, interval {interval}, seed {seed}, noise {noise}"
+    return replace(source, config=config, recipes=recipes, changes=(*source.changes, change))
+
+
+def _check_arguments(source: Source, experts: int, top_k: int, interval: int, noise: float) -> None:
+    layers = source.config.num_hidden_layers
+    if experts < 2:
+        raise ValueError(f"`experts`={experts}: expected at least 2.")
+    if not 1 <= top_k <= experts:
+        raise ValueError(f"`top_k`={top_k}: expected 1 to `experts`={experts}.")
+    if not 1 <= interval <= layers:
+        raise ValueError(
+            f"`interval`={interval} (--layers): expected 1 to {layers}, as {source.folder} has {layers} layers."
+        )
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"`noise`={noise}: expected a number of at least 0.")
 
 
 _EXPERT_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
