@@ -23,13 +23,14 @@ from tiny import tiny_dense_config, tiny_moe_config
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
+from transformers.testing_utils import CaptureLogger
 from transformers.trainer_callback import TrainerState
 
 import skywork_hf
 from skywork_hf import AdaptiveAuxLossCallback, SkyworkForCausalLM, SkyworkMoeForCausalLM
 from skywork_hf.modeling_skywork_moe import load_balancing_loss, routing_probabilities
-from skywork_hf.training.aux_loss import adapted
-from skywork_hf.training.router_load import router_load
+from skywork_hf.training.aux_loss import adapted, logger
+from skywork_hf.training.router_load import RouterLoad, load_of_step, router_sums
 
 VOCABULARY = 67
 
@@ -37,6 +38,10 @@ VOCABULARY = 67
 def model_of(**changes: Any) -> SkyworkMoeForCausalLM:
     torch.manual_seed(0)
     return SkyworkMoeForCausalLM(tiny_moe_config(**changes))
+
+
+def router_load(logits: Any, config: Any, mask: Any = None) -> RouterLoad:
+    return load_of_step(router_sums(logits, config, mask), config)
 
 
 def rows(count: int, length: int = 12, seed: int = 0, low: int = 3, high: int = VOCABULARY) -> list[dict[str, Any]]:
@@ -237,6 +242,36 @@ def test_batches_count_by_their_target_tokens():
     torch.testing.assert_close(got, wanted)
 
 
+def test_coefficients_do_not_depend_on_the_accumulation(tmp_path):
+    """Rows that each go to one expert of the first layer: a batch of one drops what a batch of all does not."""
+    found = []
+    for batch, accumulate in ((4, 1), (2, 2), (1, 4)):
+        model = model_of(num_experts_per_tok=1)
+        data = rows(4)
+        for row, token in zip(data, (5, 6, 7, 8), strict=True):
+            row["input_ids"] = torch.full((12,), token)
+        callback = AdaptiveAuxLossCallback()
+        trainer_of(
+            model,
+            tmp_path,
+            InOrder(data),
+            callbacks=[callback],
+            max_steps=1,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulate,
+        ).train()
+        found.append((callback.coefficients, callback._last.statistics()))
+    logits = model_of(num_experts_per_tok=1)(
+        torch.stack([row["input_ids"] for row in data]), output_router_logits=True
+    ).router_logits
+    together = router_load(logits, model.config)
+    of_each = [router_load(tuple(layer[12 * n :][:12] for layer in logits), model.config) for n in range(4)]
+    assert together.drop_rates[0] < min(load.drop_rates[0] for load in of_each)
+    for coefficients, statistics in found:
+        assert coefficients == found[0][0]
+        torch.testing.assert_close(statistics, together.statistics())
+
+
 def test_padding_does_not_count(tmp_path):
     config = tiny_moe_config()
     logits = tuple(torch.randn(8, 4) for _ in range(2))
@@ -295,6 +330,32 @@ def test_two_processes_do_what_one_does_in_two_batches(tmp_path):
         drops.append(router_load(logits, model.config).drop_rates)
     expected = adapted(torch.full((2,), 5.0, dtype=torch.float64), (drops[0] + drops[1]) / 2, model.config)
     assert coefficients[0] == pytest.approx(expected.tolist())
+
+
+# --- under autocast
+
+
+def test_autocast_rounds_neither_the_auxiliary_loss_nor_the_counts():
+    config, results = tiny_moe_config(num_experts=[16]), []
+    logits = torch.randn(4096, 16) + 0.05 * torch.arange(16)
+    for enabled in (False, True):
+        given = logits.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = load_balancing_loss((given,), config)
+            sums = router_sums((given,), config)
+        loss.sum().backward()
+        results.append((loss.detach(), given.grad, sums))
+    for plain, under_autocast in zip(*results, strict=True):
+        assert torch.equal(plain, under_autocast)
+    assert results[1][2][0, 4:20].sum() == 4096 * config.num_experts_per_tok
+
+
+def test_autocast_rounds_no_coefficient():
+    model, losses = model_of(), torch.rand(2)
+    model.aux_loss_coefficients = torch.tensor([0.0123, 0.0456])
+    plain = model._weighted(losses)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model._weighted(losses), plain)
 
 
 # --- with the Trainer
@@ -357,6 +418,30 @@ def test_reports_have_every_layer_and_the_console_the_means(tmp_path, monkeypatc
     printed = capsys.readouterr().out
     assert "router/drop_rate" in printed
     assert "layer_00" not in printed
+
+
+def test_logs_have_the_means_over_the_steps_since_the_last_one(tmp_path):
+    def logged(name: str, **options: Any) -> list[dict[str, Any]]:
+        trainer = trainer_of(model_of(), tmp_path / name, InOrder(rows(12)), max_steps=6, **options)
+        trainer.train()
+        return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+    each, by_three = logged("each"), logged("by_three", logging_steps=3)
+    for place, entry in enumerate(by_three):
+        of_these = each[3 * place : 3 * place + 3]
+        assert entry["loss"] == pytest.approx(sum(one["loss"] for one in of_these) / 3, rel=1e-3)
+        for name in ("drop_rate", "layer_01/entropy", "max1_max2"):
+            wanted = sum(one[f"router/{name}"] for one in of_these) / 3
+            assert entry[f"router/{name}"] == pytest.approx(wanted, rel=1e-5)
+        assert entry["router/coefficient"] == of_these[-1]["router/coefficient"]
+
+
+def test_an_epochs_log_has_the_router_too(tmp_path):
+    trainer = trainer_of(model_of(), tmp_path, rows(8), num_train_epochs=2, logging_strategy="epoch")
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 2
+    assert all("router/layer_01/drop_rate" in entry for entry in entries)
 
 
 class EvaluateAtTheEnd(TrainerCallback):
@@ -450,6 +535,30 @@ def test_a_model_without_experts(tmp_path):
         trainer.train()
 
 
+def test_labels_that_the_trainer_smooths(tmp_path):
+    trainer = trainer_of(model_of(), tmp_path, rows(4), max_steps=1, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match=r"label_smoothing_factor=0\.1 makes the Trainer compute the loss itself"):
+        trainer.train()
+
+
+def test_a_loss_of_the_users_own_is_spoken_of(tmp_path):
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        return outputs.logits.float().logsumexp(-1).mean()
+
+    trainer = trainer_of(model_of(), tmp_path, rows(4), max_steps=1)
+    trainer.compute_loss_func = loss
+    with CaptureLogger(logger) as said:
+        trainer.train()
+    assert "The model gets no labels (as with `compute_loss_func`)" in said.out
+
+
+def test_a_step_without_targets_leaves_no_nan(tmp_path):
+    data = [row | {"labels": torch.full_like(row["labels"], -100)} for row in rows(4)]
+    model = model_of()
+    trainer_of(model, tmp_path, data, max_steps=2).train()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def test_one_process_with_several_gpus():
     with pytest.raises(ValueError, match="One process trains on 2 GPUs"):
         AdaptiveAuxLossCallback().on_train_begin(SimpleNamespace(n_gpu=2), TrainerState(), None, model=model_of())
@@ -459,7 +568,9 @@ def test_a_checkpoint_of_other_layers():
     state = TrainerState(global_step=3)
     state.stateful_callbacks["AdaptiveAuxLossCallback"] = {"args": {}, "attributes": {"coefficients": [0.1] * 5}}
     with pytest.raises(ValueError, match="for 5 MoE layers, the model has 2"):
-        AdaptiveAuxLossCallback().on_train_begin(SimpleNamespace(n_gpu=0), state, None, model=model_of())
+        AdaptiveAuxLossCallback().on_train_begin(
+            SimpleNamespace(n_gpu=0, label_smoothing_factor=0.0), state, None, model=model_of()
+        )
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..configuration_skywork import SkyworkMoeConfig
 from ..modeling_skywork_moe import SkyworkMoeForCausalLM
-from .router_load import RouterLoad, router_load
+from .router_load import RouterLoad, load_of_step, router_sums
 
 logger = logging.get_logger(__name__)
 
@@ -43,25 +43,29 @@ class AdaptiveAuxLossCallback(TrainerCallback, ExportableState):
     Skywork-MoE, eq. 4 and 7-9), for any Trainer: `Trainer(..., callbacks=[AdaptiveAuxLossCallback()])`.
 
     It makes the model add the auxiliary loss while it trains, not while it evaluates. After each step of the optimiser
-    the drop rates of all its batches, on all processes, change the coefficients; where they begin and how they change
-    is in the model's config (`router_aux_loss_coef`, `_xi`, `_alpha_max`, `_beta` and `router_capacity_factor`).
-    Checkpoints of the Trainer hold them, and training resumes with them.
+    its drop rates change the coefficients; where they begin and how they change is in the model's config
+    (`router_aux_loss_coef`, `_xi`, `_alpha_max`, `_beta` and `router_capacity_factor`). A step's drop rate is that of
+    all its tokens in a process, in however many batches they came, and the mean over the processes, by their tokens.
+    Checkpoints of the Trainer hold the coefficients, and training resumes with them; a second `train()` without a
+    checkpoint begins with those of the config again.
 
-    Logged with the loss, under `router/`: for each layer and as means over the layers, the coefficient and what
-    `RouterLoad.statistics` has. The console shows the means. At the end `router.png` in the output folder shows the
-    gates' distributions, the ratios and the coefficients (report, figures 2-4); it needs matplotlib, the `figures`
-    extra.
+    Logged with the loss, under `router/`: for each layer and as means over the layers, the coefficient after the last
+    step and, over the steps since the last log as the loss is, what `RouterLoad.statistics` has. The console shows the
+    means over the layers. At the end `router.png` in the output folder shows the gates' distributions, the ratios and
+    the coefficients (report, figures 2-4); it needs matplotlib, the `figures` extra.
 
     Raises, when training begins:
         ValueError: the model is no Skywork-MoE with a language-model head, one process would train on several GPUs
-            (nn.DataParallel), or a resumed checkpoint is of another number of layers.
+            (nn.DataParallel), the Trainer smooths labels, so that the model computes no loss, or a resumed checkpoint
+            is of another number of layers.
     """
 
     def __init__(self) -> None:
         self.coefficients: list[float] | None = None  # alpha of each MoE layer
         self._model: Any = None
-        self._load: RouterLoad | None = None  # of the step's batches so far
+        self._sums: torch.Tensor | None = None  # of the step's batches so far
         self._last: RouterLoad | None = None  # of the last whole step, of all processes
+        self._unlogged: RouterLoad | None = None  # of the steps since the last log
         self._handles: list[Any] = []
 
     def state(self) -> dict[str, Any]:
@@ -73,6 +77,11 @@ class AdaptiveAuxLossCallback(TrainerCallback, ExportableState):
                 f"One process trains on {args.n_gpu} GPUs, whose routing cannot be counted together: start one "
                 "process for each (torchrun or accelerate launch), or name one in CUDA_VISIBLE_DEVICES."
             )
+        if args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={args.label_smoothing_factor} makes the Trainer compute the loss itself, "
+                "without the auxiliary loss: set it to 0, or leave AdaptiveAuxLossCallback out."
+            )
         self._remove_hooks()  # of a training that was broken off
         self._model = _moe_of(model)
         self.coefficients = self._first_coefficients(state)
@@ -83,6 +92,7 @@ class AdaptiveAuxLossCallback(TrainerCallback, ExportableState):
             self._model.register_forward_pre_hook(_ask_for_router_logits, with_kwargs=True),
             self._model.register_forward_hook(self._observe, with_kwargs=True),
         ]
+        model.router_metrics = self._take_metrics
 
     def _first_coefficients(self, state: Any) -> list[float]:
         config, layers = self._model.config, len(moe_layers(self._model.config))
@@ -100,24 +110,33 @@ class AdaptiveAuxLossCallback(TrainerCallback, ExportableState):
         self._model.aux_loss_coefficients = torch.tensor(self.coefficients, device=self._model.device)
 
     def _observe(self, model: Any, args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
-        if model.training and outputs.router_logits is not None:
-            load = router_load(outputs.router_logits, model.config, kwargs.get("attention_mask"))
-            self._load = load if self._load is None else self._load + load
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if self._load is None:
+        if not model.training or outputs.router_logits is None:
             return
-        sums: Any = reduce(self._load.sums, reduction="sum")
-        self._last, self._load = RouterLoad(sums.cpu(), self._load.top_k), None
+        if outputs.loss is None:
+            logger.warning_once(
+                "The model gets no labels (as with `compute_loss_func`), so it computes no loss: unless yours adds "
+                "the auxiliary loss, the gates are not balanced, though its coefficients adapt."
+            )
+        sums = router_sums(outputs.router_logits, model.config, kwargs.get("attention_mask"))
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._sums is None:
+            return
+        load = load_of_step(self._sums, self._model.config)
+        sums: Any = reduce(load.sums, reduction="sum")
+        self._last, self._sums = RouterLoad(sums.cpu(), load.top_k), None
+        self._unlogged = self._last if self._unlogged is None else self._unlogged + self._last
         before = torch.tensor(self.coefficients, dtype=torch.float64)
         self.coefficients = adapted(before, self._last.drop_rates, self._model.config).tolist()
         self._set_coefficients()
-        model.router_metrics = self._metrics() if control.should_log else None
 
-    def _metrics(self) -> dict[str, float]:
-        """What is logged of the last step."""
-        assert self._last is not None
-        per_layer = {"coefficient": torch.tensor(self.coefficients, dtype=torch.float64), **self._last.statistics()}
+    def _take_metrics(self) -> dict[str, float]:
+        """What is logged of the steps since this was called before."""
+        if self._unlogged is None:
+            return {}
+        statistics, self._unlogged = self._unlogged.statistics(), None
+        per_layer = {"coefficient": torch.tensor(self.coefficients, dtype=torch.float64), **statistics}
         metrics = {f"{PREFIX}{name}": values.mean().item() for name, values in per_layer.items()}
         for row, layer in enumerate(moe_layers(self._model.config)):
             metrics |= {f"{PREFIX}layer_{layer:02}/{name}": values[row].item() for name, values in per_layer.items()}
@@ -138,7 +157,7 @@ class AdaptiveAuxLossCallback(TrainerCallback, ExportableState):
     def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._load = [], None
+        self._handles, self._sums, self._unlogged = [], None, None
 
     def _draw(self, state: Any, path: Path) -> None:
         assert self._last is not None
@@ -155,11 +174,11 @@ class ReportRouterLoad(TrainerCallback):
     these are called before any callback of the user's, so this one is among the Trainer's default callbacks."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
-        metrics = getattr(model, "router_metrics", None)
-        if metrics and "loss" in (logs or {}):
+        take_metrics = getattr(model, "router_metrics", None)
+        if take_metrics and "loss" in (logs or {}):
+            metrics = take_metrics()
             logs.update(metrics)
             state.log_history[-1].update(metrics)
-            model.router_metrics = None
 
 
 def moe_layers(config: SkyworkMoeConfig) -> list[int]:

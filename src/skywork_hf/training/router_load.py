@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..configuration_skywork import SkyworkMoeConfig
-from ..modeling_skywork_moe import routing_probabilities, token_weights
+from ..modeling_skywork_moe import routing_probabilities, token_weights, weighted_sum
 
 # Above it a ratio of probabilities counts as this, so that a mean over tokens stays finite.
 _LARGEST_RATIO = 1e6
@@ -15,11 +15,11 @@ _LARGEST_RATIO = 1e6
 
 @dataclass(frozen=True)
 class RouterLoad:
-    """Sums over tokens of what the gates of the MoE layers did. Loads of several batches and processes add up.
+    """Sums over tokens of what the gates of the MoE layers did. Loads of several steps and processes add up.
 
     Args:
-        sums: float32 [MoE layers, 5 + 2 * experts]: tokens, dropped pairs of a token and an expert, entropy,
-            Max1/Max2, Max2/Max3, the tokens that chose each expert, and the gate's probabilities, largest first.
+        sums: float32 [MoE layers, 5 + 2 * experts]: what `router_sums` has, and dropped pairs of a token and an
+            expert.
         top_k: experts chosen for each token.
     """
 
@@ -42,24 +42,24 @@ class RouterLoad:
     def drop_rates(self) -> torch.Tensor:
         """float64 [MoE layers]: the share of pairs of a token and an expert that experts of limited capacity would
         drop, d of eq. 7."""
-        return self.sums[:, 1].double() / (self.tokens * self.top_k).clamp_min(1)
+        return self.sums[:, -1].double() / (self.tokens * self.top_k).clamp_min(1)
 
     @property
     def relative_loads(self) -> torch.Tensor:
         """float64 [MoE layers, experts]: each expert's tokens by its even share; 1 is even."""
         even = self.tokens * self.top_k / self.experts
-        return self.sums[:, 5 : 5 + self.experts].double() / even.clamp_min(1e-9).unsqueeze(-1)
+        return self.sums[:, 4 : 4 + self.experts].double() / even.clamp_min(1e-9).unsqueeze(-1)
 
     @property
     def sorted_probabilities(self) -> torch.Tensor:
         """float64 [MoE layers, experts]: the mean over tokens of the gate's probabilities, largest first."""
-        return self.sums[:, 5 + self.experts :].double() / self.tokens.clamp_min(1).unsqueeze(-1)
+        return self.sums[:, 4 + self.experts : -1].double() / self.tokens.clamp_min(1).unsqueeze(-1)
 
     def statistics(self) -> dict[str, torch.Tensor]:
         """What is logged, each float64 [MoE layers]: `drop_rate`; `max_load` and `min_load`, of the most and the least
         used expert, 1 is even; `entropy` of the gate in nats; `max1_max2` and `max2_max3`, the ratios of its largest
         probabilities (tech report of Skywork-MoE, figure 3), the latter with at least three experts."""
-        entropy, first, second = (self.sums[:, 2:5].double() / self.tokens.clamp_min(1).unsqueeze(-1)).unbind(-1)
+        entropy, first, second = (self.sums[:, 1:4].double() / self.tokens.clamp_min(1).unsqueeze(-1)).unbind(-1)
         return {
             "drop_rate": self.drop_rates,
             "max_load": self.relative_loads.amax(dim=-1),
@@ -70,43 +70,47 @@ class RouterLoad:
 
 
 @torch.no_grad()
-def router_load(
+def router_sums(
     router_logits: tuple[torch.Tensor, ...], config: SkyworkMoeConfig, attention_mask: torch.Tensor | None = None
-) -> RouterLoad:
-    """What the gates did on one batch, without waiting for a device.
-
-    The experts' capacity, by which pairs count as dropped, is `config.router_capacity_factor` times the even share of
-    this batch's tokens, rounded up.
+) -> torch.Tensor:
+    """Sums over the tokens of a batch, without waiting for a device and in float32 whatever autocast says; those of a
+    step's batches add up.
 
     Args:
         router_logits: one [batch * tokens, experts] for each MoE layer, as a model returns them.
         attention_mask: [batch, tokens], 0 where a token is padding and does not count.
+
+    Returns:
+        float32 [MoE layers, 4 + 2 * experts]: tokens, entropy, Max1/Max2, Max2/Max3, the tokens that chose each
+        expert, and the gate's probabilities, largest first.
     """
     device = router_logits[0].device
     weight = token_weights(router_logits[0], attention_mask)
-    return RouterLoad(
-        torch.stack([_layer_sums(logits.to(device), weight, config) for logits in router_logits]),
-        config.num_experts_per_tok,
-    )
+    return torch.stack([_layer_sums(logits.to(device), weight, config) for logits in router_logits])
+
+
+def load_of_step(sums: torch.Tensor, config: SkyworkMoeConfig) -> RouterLoad:
+    """What the gates did in a step.
+
+    The experts' capacity, by which pairs count as dropped, is `config.router_capacity_factor` times the even share of
+    the step's tokens, rounded up: it does not matter in how many batches these came.
+
+    Args:
+        sums: as `router_sums` gives them, added up over the step's batches.
+    """
+    tokens, counts = sums[:, :1], sums[:, 4 : 4 + config.num_local_experts]
+    share = config.router_capacity_factor * config.num_experts_per_tok / config.num_local_experts
+    dropped = (counts - torch.ceil(tokens * share)).clamp_min(0).sum(dim=-1, keepdim=True)
+    return RouterLoad(torch.cat([sums, dropped], dim=-1), config.num_experts_per_tok)
 
 
 def _layer_sums(logits: torch.Tensor, weight: torch.Tensor, config: SkyworkMoeConfig) -> torch.Tensor:
     probabilities = routing_probabilities(logits, config)
     largest, order = probabilities.sort(dim=-1, descending=True)
     chosen = torch.zeros_like(probabilities).scatter_(1, order[:, : config.num_experts_per_tok], 1.0)
-    counts = weight @ chosen
-    share = config.router_capacity_factor * config.num_experts_per_tok / config.num_local_experts
-    dropped = (counts - torch.ceil(weight.sum() * share)).clamp_min(0).sum()
-    entropy = -torch.xlogy(probabilities, probabilities).sum(dim=-1)
+    entropy = -torch.xlogy(probabilities, probabilities).sum(dim=-1, keepdim=True)
     ratios = (largest[:, :2] / _next(largest).clamp_min(1e-30)).clamp_max(_LARGEST_RATIO)
-    return torch.cat(
-        [
-            torch.stack([weight.sum(), dropped, weight @ entropy]),
-            weight @ ratios,
-            counts,
-            weight @ largest,
-        ]
-    )
+    return weighted_sum(weight, torch.cat([torch.ones_like(entropy), entropy, ratios, chosen, largest], dim=-1))
 
 
 def _next(largest: torch.Tensor) -> torch.Tensor:
