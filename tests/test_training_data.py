@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import DataCollatorForSeq2Seq
 from transformers.testing_utils import CaptureLogger
 
 from skywork_hf import SkyworkForCausalLM, SkyworkTokenizer
+from skywork_hf.demo import trained_checkpoint
 from skywork_hf.training import read_conversations, tokenize_conversations
 from skywork_hf.training.data import IGNORED, logger
 
@@ -58,6 +60,10 @@ def test_an_input_stands_below_its_instruction(tmp_path):
         ({"messages": [QUESTION, {"from": "gpt", "value": "5"}]}, "is no message"),
         ({"messages": [QUESTION, "5"]}, "is no message"),
         ({"messages": [QUESTION]}, 'no message has the role "assistant"'),
+        ({"messages": [ANSWER, QUESTION]}, 'message 1 has the role "assistant", not "user"'),
+        ({"messages": [QUESTION, QUESTION, ANSWER]}, 'message 2 has the role "user", not "assistant"'),
+        ({"messages": [CHAT[0], ANSWER]}, 'message 2 has the role "assistant", not "user"'),
+        ({"messages": [QUESTION, ANSWER, CHAT[0]]}, 'message 3 has the role "system", not "user"'),
     ],
 )
 def test_a_row_without_what_it_needs_is_named(line, message, tmp_path):
@@ -65,6 +71,28 @@ def test_a_row_without_what_it_needs_is_named(line, message, tmp_path):
     file = written(tmp_path / "rows.jsonl", good, "", line)
     with pytest.raises(ValueError, match=f"rows.jsonl, line 3.*{message}"):
         read_conversations(file)
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c"])
+def test_what_only_python_breaks_lines_at_is_text(character, tmp_path):
+    row = {"instruction": f"one{character}two", "output": "3"}
+    text = json.dumps(row, ensure_ascii=character < " ")  # JSON allows all but control characters as they are
+    (chat,) = read_conversations(written(tmp_path / "rows.jsonl", text))
+    assert chat[0]["content"] == row["instruction"]
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_a_byte_order_mark_and_line_ends_of_windows_are_read(ends, tmp_path):
+    line = json.dumps({"messages": [QUESTION, ANSWER]}, ensure_ascii=False)
+    (tmp_path / "rows.jsonl").write_bytes((line + ends + line + ends).encode("utf-8-sig"))
+    assert read_conversations(tmp_path / "rows.jsonl") == [[QUESTION, ANSWER]] * 2
+
+
+def test_another_encoding_is_refused_by_name(tmp_path):
+    line = json.dumps({"messages": [QUESTION, ANSWER]}, ensure_ascii=False)
+    (tmp_path / "rows.jsonl").write_bytes(line.encode("gbk"))
+    with pytest.raises(ValueError, match=r"rows\.jsonl is not UTF-8 .*: save it as UTF-8"):
+        read_conversations(tmp_path / "rows.jsonl")
 
 
 def test_a_file_without_rows_is_refused(tmp_path):
@@ -122,3 +150,30 @@ def test_what_is_cut_and_what_is_left_out_is_said():
     with CaptureLogger(logger) as said:
         assert len(tokenize_conversations(TOKENIZER, [short, unanswered, longer])) == 3
     assert not said.out
+
+
+@pytest.mark.parametrize("max_tokens", [0, -1])
+def test_a_length_that_holds_nothing_is_refused(max_tokens):
+    with pytest.raises(ValueError, match=f"`max_tokens`={max_tokens}: expected at least 1"):
+        tokenize_conversations(TOKENIZER, [CHAT], max_tokens)
+
+
+def test_no_conversations_and_no_answers_are_refused():
+    with pytest.raises(ValueError, match="There are no conversations"):
+        tokenize_conversations(TOKENIZER, [])
+    with pytest.raises(ValueError, match="No token of 1 conversations is marked as an answer's: they hold none, or"):
+        tokenize_conversations(TOKENIZER, [[QUESTION]])
+
+
+def test_a_template_that_marks_no_answers_is_refused():
+    tokenizer = deepcopy(TOKENIZER)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"chat template has no `\{% generation %\}` around them"):
+        tokenize_conversations(tokenizer, [CHAT])
+
+
+def test_templates_mark_answers_in_the_spelling_that_others_look_for():
+    bundled = SkyworkTokenizer.from_pretrained(trained_checkpoint())
+    for template in (TOKENIZER.chat_template, bundled.chat_template):
+        assert "{% generation %}" in template  # TRL looks for this text
+        assert "{% endgeneration %}" in template

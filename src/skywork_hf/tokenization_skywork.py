@@ -49,9 +49,9 @@ CHAT_TEMPLATE = """\
         {{- bos_token ~ '[USER]' ~ (system ~ '\\n' if loop.first and system else '') ~ text(message) -}}
         {{- '[SEP][BOT]' -}}
     {%- else -%}
-        {%- generation -%}
+        {% generation %}
             {{- text(message) ~ eos_token -}}
-        {%- endgeneration -%}
+        {% endgeneration %}
     {%- endif -%}
 {%- endfor -%}
 """
