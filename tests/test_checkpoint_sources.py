@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import tiny_dense_config, tiny_moe_config, tokens
 from transformers import (
     AutoModelForCausalLM,
@@ -26,6 +27,7 @@ from skywork_hf import (
     SkyworkModel,
     SkyworkMoeModel,
 )
+from skywork_hf.checkpoints.adapters import merge_adapter
 from skywork_hf.checkpoints.comparison import compare_checkpoints
 from skywork_hf.checkpoints.convert import convert_checkpoint
 from skywork_hf.checkpoints.inspection import inspect_checkpoint
@@ -305,3 +307,88 @@ def test_a_llama_that_no_skywork_model_is(changes, said, tmp_path):
     message = refusal(tmp_path)
     assert str(tmp_path / "config.json") in message
     assert said in message
+
+
+# --- adapters
+
+
+def adapted(dense: Path, folder: Path, config: Any) -> Any:
+    """An adapter of the checkpoint with random weights, saved; PEFT's model."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(dense), config(peft))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) / 10)
+    model.save_pretrained(folder)
+    return model
+
+
+Q = {"target_modules": ["q_proj"]}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda peft: peft.AdaLoraConfig(**Q, total_step=10),
+        lambda peft: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        lambda peft: peft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[5, 3]),
+        lambda peft: peft.LoraConfig(**Q, layers_to_transform=[1]),
+        lambda peft: peft.LoraConfig(**Q, init_lora_weights="pissa"),
+    ],
+    ids=["adalora", "ia3", "tokens", "one layer", "pissa"],
+)
+def test_kinds_of_adapters_that_are_merged(config, dense, tmp_path):
+    merged = adapted(dense, tmp_path / "adapter", config).merge_and_unload()
+    folder = convert_checkpoint(dense, tmp_path / "merged", adapter=tmp_path / "adapter")
+    assert not compare_checkpoints(dense, folder).is_equal
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        torch.testing.assert_close(tensor, merged.state_dict()[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (lambda peft: peft.VeraConfig(**Q, r=4), "'VERA' adapter: expected `peft_type` LORA"),
+        (lambda peft: peft.LoHaConfig(**Q, r=4), "'LOHA' adapter"),
+        (lambda peft: peft.OFTConfig(**Q, oft_block_size=8, r=0), "'OFT' adapter"),
+        (lambda peft: peft.RandLoraConfig(**Q, r=4), "'RANDLORA' adapter"),
+        (lambda peft: peft.FourierFTConfig(**Q, n_frequency=20), "'FOURIERFT' adapter"),
+        (lambda peft: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "'PROMPT_TUNING' adapter"),
+        (lambda peft: peft.LoraConfig(**Q, lora_bias=True), "`lora_bias`, which adds biases"),
+        (lambda peft: peft.LoraConfig(**Q, layer_replication=[(0, 2), (1, 2)]), "`layer_replication`, which makes"),
+        (lambda peft: peft.LoraConfig(**Q, alora_invocation_tokens=[5]), "`alora_invocation_tokens`, which"),
+    ],
+)
+def test_kinds_of_adapters_that_are_not_merged(config, said, dense, tmp_path):
+    adapted(dense, tmp_path / "adapter", config)
+    with pytest.raises(ValueError, match=f"{tmp_path / 'adapter' / 'adapter_config.json'} .*{re.escape(said)}"):
+        convert_checkpoint(dense, tmp_path / "merged", adapter=tmp_path / "adapter")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "dense"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "is not JSON"),
+        ("{}", "is of a None adapter"),
+        ('{"peft_type": "NEW"}', "is of a 'NEW' adapter"),
+        ('{"peft_type": "LORA", "target_modules": "all-linear", "layers_pattern": "x"}', "is nothing that PEFT reads"),
+    ],
+)
+def test_adapter_configs_that_are_none(content, said, dense, tmp_path):
+    adapted(dense, tmp_path / "adapter", lambda peft: peft.LoraConfig(**Q))
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=f"{file} {said}"):
+        convert_checkpoint(dense, tmp_path / "merged", adapter=tmp_path / "adapter")
+
+
+def test_a_tensor_that_an_adapter_replaces_is_accounted_for(dense, tmp_path):
+    adapted(dense, tmp_path / "adapter", lambda peft: peft.LoraConfig(**Q, modules_to_save=["lm_head"]))
+    source = read_source(dense)
+    merged = merge_adapter(source, tmp_path / "adapter")
+    assert [tensor.name for tensor in merged.ignored] == [HEAD]
+    before = {tensor for recipe in source.recipes for tensor in recipe.sources}
+    after = {tensor for recipe in merged.recipes for tensor in recipe.sources} | set(merged.ignored)
+    assert before <= after

@@ -27,6 +27,7 @@ from transformers.testing_utils import CaptureLogger
 
 from skywork_hf import SkyworkConfig, SkyworkForCausalLM, SkyworkMoeConfig, SkyworkMoeForCausalLM
 from skywork_hf.checkpoints import readers
+from skywork_hf.checkpoints.adapters import merge_adapter
 from skywork_hf.checkpoints.convert import MANIFEST, convert_checkpoint
 from skywork_hf.checkpoints.megatron import is_megatron, logger, read_megatron
 from skywork_hf.checkpoints.readers import MEGATRON_GLOBALS, Reader, load_pickle
@@ -525,6 +526,29 @@ def test_a_config_means_the_same_beside_megatrons_folders_and_given(said, tmp_pa
     assert configs[0] == configs[1]
     assert configs[0].get("moe_2layer_gate", False) is False
     assert configs[0].get("moe_feature_no_mul_topk", True) == said.get("moe_feature_no_mul_topk", True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["o_proj"], "modules_to_save": ["q_proj"]},
+        {"target_modules": ["k_proj"], "modules_to_save": ["v_proj", "gate_proj", "up_proj", "norm"]},
+    ],
+)
+def test_whole_modules_of_an_adapter_replace_parts_of_fused_matrices(options, tmp_path):
+    peft = pytest.importorskip("peft")
+    config, tensors, model = dense()
+    Writer(tensors, config, tp=2).write(tmp_path / "run")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=False, **options))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) / 10)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = adapted.merge_and_unload().state_dict()
+    source = merge_adapter(read_megatron(tmp_path / "run"), tmp_path / "adapter")
+    for name, value in read_values(source).items():
+        torch.testing.assert_close(value, merged[name], atol=1e-6, rtol=1e-5)
 
 
 # --- what is refused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections import defaultdict
 from copy import copy, deepcopy
@@ -14,13 +15,24 @@ import torch
 from torch import nn
 
 from ..headers import StoredTensor, read_headers
-from .inspection import TOKENIZER_FILES
-from .recipes import Recipe, Source, unchanged
+from .inspection import TOKENIZER_FILES, read_json
+from .recipes import Product, Recipe, Source, unchanged
 from .transforms import refuse_quantized
 
+_CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
 _TOKENS = ".trainable_tokens_"
 _MARKS = (".lora_", ".ia3_", _TOKENS)
+# PEFT's kinds that change the weight of a module by what the adapter holds of it.
+_MERGEABLE = ("LORA", "ADALORA", "IA3", "TRAINABLE_TOKENS")
+# What such an adapter may ask for beside, and why that is no change of a weight.
+_NOT_MERGEABLE = {
+    "target_parameters": "adapts 3-D parameters",
+    "layer_replication": "makes a model of more layers",
+    "lora_bias": "adds biases, which Skywork's linear layers do not have",
+    "alora_invocation_tokens": "works from a token on",
+    "arrow_config": "routes between adapters",
+}
 _EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -33,8 +45,8 @@ def merge_adapter(source: Source, folder: Path) -> Source:
 
     Raises:
         ImportError: PEFT is not installed.
-        ValueError: the checkpoint is quantised; or the adapter is of another model, or of a kind that does not change
-            linear layers one by one.
+        ValueError: the checkpoint is quantised; or the adapter is of another model, of a kind that does not change
+            modules one by one, or not whole. Names the file and the field.
     """
     config = _peft_config(folder)
     refuse_quantized(source, "merging an adapter")
@@ -54,13 +66,21 @@ def merge_adapter(source: Source, folder: Path) -> Source:
             f"{folder} adapts `{unknown[0]}` and {len(unknown) - 1} more that {source.folder} does not have: it was "
             "trained on another model."
         )
+    pairs = zip(source.recipes, recipes, strict=True)
+    unused = [tensor for before, after in pairs for tensor in before.sources if tensor not in after.sources]
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
     return replace(
         source,
         recipes=recipes,
+        ignored=[*source.ignored, *unused],
         config=_with_vocabulary(source.config, recipes),
         tokenizer=folder if has_tokenizer else source.tokenizer,
+        changes=(*source.changes, f"merged {folder.name}, SHA-256 of its config {_config_digest(folder)}"),
     )
+
+
+def _config_digest(folder: Path) -> str:
+    return hashlib.sha256((folder / _CONFIG).read_bytes()).hexdigest()
 
 
 def _with_vocabulary(config: Any, recipes: list[Recipe]) -> Any:
@@ -81,11 +101,22 @@ def _peft_config(folder: Path) -> Any:
         from peft import PeftConfig
     except ImportError as error:
         raise ImportError('Merging an adapter needs PEFT: pip install "skywork-hf[peft]".') from error
-    if not (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{folder} holds no adapter_config.json: expected the folder of a PEFT adapter.")
-    config = PeftConfig.from_pretrained(str(folder))
-    if getattr(config, "target_parameters", None):
-        raise ValueError(f"{folder} adapts 3-D parameters (`target_parameters`): merge it with PEFT, in memory.")
+    file = folder / _CONFIG
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no {_CONFIG}: expected the folder of a PEFT adapter.")
+    raw = read_json(file)
+    if raw.get("peft_type") not in _MERGEABLE:
+        raise ValueError(
+            f"{file} is of a {raw.get('peft_type')!r} adapter: expected `peft_type` {', '.join(_MERGEABLE)}, which "
+            "are merged module by module; load it with PEFT's `PeftModel` instead."
+        )
+    for field, why in _NOT_MERGEABLE.items():
+        if raw.get(field):
+            raise ValueError(f"{file} has `{field}`, which {why}: load the adapter with PEFT's `PeftModel` instead.")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is nothing that PEFT reads ({error}): download or write it again.") from error
     config.task_type = None  # which would wrap a whole model
     return config
 
@@ -100,28 +131,42 @@ def _weights(folder: Path) -> Path:
 def _merged(
     recipe: Recipe, adapted: dict[str, list[StoredTensor]], replaced: dict[str, StoredTensor], config: Any
 ) -> Recipe:
-    names = [product.name for product in recipe.products]
-    if len(names) == 1 and names[0] in replaced:
-        recipe = _replacement(recipe, replaced[names[0]])
-    tensors = [tensor for name in names for tensor in adapted.get(name, [])]
+    recipe = _replaced(recipe, [replaced.get(product.name) for product in recipe.products])
+    tensors = [tensor for product in recipe.products for tensor in adapted.get(product.name, [])]
     if not tensors:
         return recipe
     return Recipe(recipe.products, (*recipe.sources, *tensors), partial(_make_merged, recipe, tensors, config))
 
 
-def _replacement(recipe: Recipe, tensor: StoredTensor) -> Recipe:
-    """A tensor that the adapter holds whole, in the checkpoint's dtype."""
-    product = recipe.products[0]
+def _replaced(recipe: Recipe, whole: list[StoredTensor | None]) -> Recipe:
+    """With the tensors that the adapter holds whole, if any, in place of those products."""
+    if not any(whole):
+        return recipe
+    pairs = list(zip(recipe.products, whole, strict=True))
+    products = tuple(_replacement(product, tensor) if tensor else product for product, tensor in pairs)
+    tensors = tuple(tensor for tensor in whole if tensor)
+    if len(pairs) == 1 and tensors[0].dtype == products[0].dtype:
+        return unchanged(tensors[0], products[0].name)
+    kept = () if all(whole) else recipe.sources
+    return Recipe(products, (*kept, *tensors), partial(_make_replaced, recipe, [tensor is None for tensor in whole]))
+
+
+def _replacement(product: Product, tensor: StoredTensor) -> Product:
+    """In the checkpoint's dtype."""
     compared = slice(1 if product.name in (_EMBEDDINGS, _HEAD) else 0, None)  # these may have more rows now
     if tensor.shape[compared] != product.shape[compared]:
         raise ValueError(f"{tensor} is {list(tensor.shape)}, and `{product.name}` is {list(product.shape)}.")
-    if tensor.dtype == product.dtype:
-        return unchanged(tensor, product.name)
-    return Recipe((replace(product, shape=tensor.shape),), (tensor,), partial(_make_replaced, product.dtype))
+    return replace(product, shape=tensor.shape)
 
 
-def _make_replaced(dtype: torch.dtype, sources: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [sources[0].to(dtype)]
+def _make_replaced(recipe: Recipe, stays: list[bool], sources: list[torch.Tensor]) -> list[torch.Tensor]:
+    count = len(recipe.sources) if any(stays) else 0
+    made = recipe.values(sources[:count]) if count else []
+    tensors = iter(sources[count:])
+    return [
+        made[place] if stays[place] else next(tensors).to(product.dtype)
+        for place, product in enumerate(recipe.products)
+    ]
 
 
 def _make_merged(
