@@ -9,6 +9,7 @@ the kind that the model will read are enough. One text a line. The result appear
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -35,10 +36,13 @@ def write_static_fp8(source: str, destination: Path, texts: Path) -> None:
     """Calibrate `source` on the lines of `texts` and write `destination`.
 
     Raises:
-        ValueError: `destination` is there already, there is no text, or the source is quantised already.
+        ValueError: `destination` or its ".unfinished" is there already, there is no text, or the source is quantised
+            already.
     """
-    if destination.exists():
-        raise ValueError(f"{destination} is there already: choose another name, or remove it.")
+    unfinished = destination.with_name(f"{destination.name}.unfinished")
+    for folder in (destination, unfinished):
+        if os.path.lexists(folder):
+            raise ValueError(f"{folder} is there already: choose another name, or remove it.")
     lines = [line.strip() for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{texts} holds no text: expected one text a line.")
@@ -50,8 +54,6 @@ def write_static_fp8(source: str, destination: Path, texts: Path) -> None:
     ids = [tokenizer(line, return_tensors="pt", truncation=True, max_length=limit).input_ids for line in lines]
     quantize_static(model, calibrate(model, ids))
 
-    unfinished = destination.with_name(f"{destination.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
     try:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
