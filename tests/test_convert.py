@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
@@ -20,13 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_megatron
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import checkpoint, golden, tiny_dense_config, tiny_moe_config, tokens
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from skywork_hf import (
     SkyworkForCausalLM,
@@ -120,6 +128,23 @@ def test_a_dense_checkpoint_is_a_llama(tmp_path):
         convert_checkpoint(checkpoint(MOE), tmp_path / "moe-llama", to="llama")
 
 
+def test_a_classifier_is_a_llama_too(tmp_path):
+    model = saved(tmp_path / "source", SkyworkForSequenceClassification, num_labels=3)
+    llama = LlamaForSequenceClassification.from_pretrained(
+        convert_checkpoint(tmp_path / "source", tmp_path / "llama", to="llama")
+    )
+    assert llama.config.architectures == ["LlamaForSequenceClassification"]
+    ids = tokens()
+    assert torch.equal(llama(ids).logits, model(ids).logits)
+
+
+def saved(folder: Path, model_class: Any = SkyworkForCausalLM, **fields: Any) -> Any:
+    """A tiny dense model with random weights."""
+    model = model_class(tiny_dense_config(**fields)).eval()
+    model.save_pretrained(folder)
+    return model
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     experts=st.integers(2, 5),
@@ -175,6 +200,16 @@ def test_other_heads_keep_their_names(tmp_path):
     assert AutoConfig.from_pretrained(folder).architectures == ["SkyworkForSequenceClassification"]
 
 
+def test_the_index_is_that_of_save_pretrained(tmp_path):
+    saved(tmp_path / "one").save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    folder = convert_checkpoint(tmp_path / "one", tmp_path / "two", max_shard_size="20KB")
+    ours, theirs = (
+        json.loads((f / "model.safetensors.index.json").read_text()) for f in (folder, tmp_path / "sharded")
+    )
+    assert ours["metadata"]["total_size"] == theirs["metadata"]["total_size"]
+    assert ours["weight_map"].keys() == theirs["weight_map"].keys()
+
+
 # --- dtypes and quantisation
 
 
@@ -184,8 +219,39 @@ def test_another_dtype(tmp_path):
     written = stored(folder)
     assert_same_tensors(written, {name: expected[name] for name in written})
     assert AutoConfig.from_pretrained(folder).dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="expected one of float16"):
-        convert_checkpoint(checkpoint(MOE), tmp_path / "int", dtype="int8")
+    for wrong in ("int8", "bf16", "nn", torch.int8):
+        with pytest.raises(ValueError, match="expected one of float16, bfloat16, float32, float64"):
+            convert_checkpoint(checkpoint(MOE), tmp_path / "int", dtype=wrong)
+
+
+V_PROJ = "model.layers.1.self_attn.v_proj.weight"
+
+
+def with_tensor(folder: Path, name: str, value: torch.Tensor) -> Path:
+    """A tiny dense checkpoint with one tensor of a value that no training gives it."""
+    saved(folder)
+    save_file({**load_file(folder / "model.safetensors"), name: value}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_values_that_a_dtype_cannot_hold_are_refused(tmp_path):
+    large = torch.ones(32, 32)
+    large[3, 4] = -1e6
+    source = with_tensor(tmp_path / "source", V_PROJ, large)
+    with pytest.raises(ValueError, match=rf"`{V_PROJ}` holds values beyond 65504, the largest of float16"):
+        convert_checkpoint(source, tmp_path / "fp16", dtype="float16")
+    convert_checkpoint(source, tmp_path / "bf16", dtype="bfloat16")
+    large[3, 4] = torch.inf  # as it was before
+    convert_checkpoint(with_tensor(tmp_path / "infinite", V_PROJ, large), tmp_path / "fp16", dtype="float16")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool])
+@pytest.mark.parametrize("change", [{"dtype": "float16"}, {"quantization": "int8"}])
+def test_weights_that_are_no_floats_are_not_changed(dtype, change, tmp_path):
+    source = with_tensor(tmp_path / "source", V_PROJ, torch.ones(32, 32, dtype=dtype))
+    with pytest.raises(ValueError, match=rf"`{V_PROJ}` in .*"):
+        convert_checkpoint(source, tmp_path / "out", **change)
+    assert not (tmp_path / "out.unfinished").exists()
 
 
 @pytest.mark.parametrize(
@@ -255,6 +321,33 @@ def test_upcycling_every_second_layer_with_a_seed_and_noise(tmp_path):
     assert not torch.equal(noise[0], noise[1])
     with pytest.raises(ValueError, match="has experts already"):
         upcycle_checkpoint(checkpoint(MOE), tmp_path / "again", 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"experts": 1}, "`experts`=1: expected at least 2"),
+        ({"experts": -3}, "`experts`=-3: expected at least 2"),
+        ({"top_k": 5}, "`top_k`=5: expected 1 to `experts`=4"),
+        ({"top_k": 0}, "`top_k`=0: expected 1 to `experts`=4"),
+        ({"interval": 9}, r"`interval`=9 \(--layers\): expected 1 to 2"),
+        ({"interval": 0}, r"`interval`=0 \(--layers\): expected 1 to 2"),
+        ({"noise": float("nan")}, "`noise`=nan: expected a number of at least 0"),
+        ({"noise": float("inf")}, "`noise`=inf"),
+        ({"noise": -1.0}, r"`noise`=-1\.0"),
+    ],
+)
+def test_arguments_of_upcycling_that_make_no_sense(arguments, message, tmp_path):
+    saved(tmp_path / "dense")
+    with pytest.raises(ValueError, match=message):
+        upcycle_checkpoint(tmp_path / "dense", tmp_path / "moe", **{"experts": 4, **arguments})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+
+
+def test_a_classifier_is_not_upcycled(tmp_path):
+    saved(tmp_path / "dense", SkyworkForSequenceClassification)
+    with pytest.raises(ValueError, match=r"holds `score\.weight`, which a MoE model has no place for"):
+        upcycle_checkpoint(tmp_path / "dense", tmp_path / "moe", 4)
 
 
 def adapter_of(model: Any, folder: Path, **options: Any) -> Any:
@@ -377,6 +470,44 @@ def test_a_value_that_was_not_written_as_it_was_read_is_found(tmp_path, monkeypa
     convert_checkpoint(checkpoint(MOE), tmp_path / "unverified", verify=False)
 
 
+@pytest.mark.parametrize("what", ["changed", "cut off", "gone"])
+def test_what_verification_found_wrong_is_written_again(what, tmp_path, monkeypatch):
+    saved(tmp_path / "source")
+    expected = digest(convert_checkpoint(tmp_path / "source", tmp_path / "whole", max_shard_size="20KB"))
+    real = convert_module.finish_shard
+
+    def failing(file: Path) -> None:
+        real(file)
+        if "00002" not in file.name:
+            return
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + b"x" if what == "changed" else content[:-100])
+        if what == "gone":
+            file.unlink()
+
+    monkeypatch.setattr(convert_module, "finish_shard", failing)
+    with pytest.raises(
+        ValueError, match=r"`model\..*` in .*00002.* is not what was to be written.*`resume` writes it"
+    ):
+        convert_checkpoint(tmp_path / "source", tmp_path / "hub", max_shard_size="20KB")
+    monkeypatch.undo()
+    written = []
+    count_shards(monkeypatch, written)
+    convert_checkpoint(tmp_path / "source", tmp_path / "hub", max_shard_size="20KB", resume=True)
+    assert len(written) == 1
+    assert digest(tmp_path / "hub") == expected
+
+
+def count_shards(monkeypatch: pytest.MonkeyPatch, written: list[Any]) -> None:
+    real = convert_module.write_shard
+
+    def counting(*arguments: Any) -> Any:
+        written.append(arguments[0])
+        return real(*arguments)
+
+    monkeypatch.setattr(convert_module, "write_shard", counting)
+
+
 # --- interrupted
 
 
@@ -412,6 +543,145 @@ def test_killed_at_any_moment_and_resumed_it_ends_byte_equal(tmp_path):
     assert digest(source) == before
     assert not (tmp_path / "hub.unfinished").exists()
     assert kills == 10
+
+
+KILLED_AT_EACH_STEP = """
+import gc, hashlib, itertools, os, shutil, sys
+from pathlib import Path
+from skywork_hf.checkpoints.convert import write_checkpoint
+from skywork_hf.checkpoints.sources import read_source
+
+source, folder = read_source(Path(sys.argv[1])), Path(sys.argv[2])
+gc.freeze()  # so that children share the memory
+steps = ("os.rename", "os.mkdir", "os.remove", "os.rmdir")
+os.fsync = lambda descriptor: None  # a process that dies loses nothing that it wrote
+
+
+def convert(name, resume, lives=None):
+    # In a process of its own, which dies before it changes the disk for the time after `lives`.
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    left = itertools.repeat(1) if lives is None else iter(range(lives, -1, -1))
+
+    def hook(event, arguments):
+        opens = event == "open" and str(arguments[0]).startswith(str(folder / name))
+        if (opens or event in steps) and not next(left):
+            os._exit(9)
+
+    sys.addaudithook(hook)
+    write_checkpoint(source, folder / name, max_shard_size="12KB", resume=resume)
+    os._exit(0)
+
+
+def digest(path):
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in path.iterdir()}
+
+
+assert convert("whole", False) == 0
+expected = digest(folder / "whole")
+for resumed in (False, True):  # killed once for each step, and again and again, one step later each time
+    for lives in itertools.count():
+        if convert("out", resumed, lives) == 0:
+            break
+        if (folder / "out").exists():
+            assert digest(folder / "out") == expected, lives
+        if resumed:
+            continue
+        assert convert("out", True) == 0, lives
+        assert digest(folder / "out") == expected, lives
+        assert sorted(path.name for path in folder.iterdir()) == ["out", "whole"], lives
+        shutil.rmtree(folder / "out")
+    assert lives > 20
+    assert digest(folder / "out") == expected
+    assert sorted(path.name for path in folder.iterdir()) == ["out", "whole"]
+    shutil.rmtree(folder / "out")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="each conversion is in a process of its own")
+def test_killed_before_each_change_of_the_disk_and_resumed_it_ends_byte_equal(tmp_path):
+    saved(tmp_path / "source", num_hidden_layers=1, vocab_size=16, intermediate_size=16)
+    (tmp_path / "out").mkdir()
+    command = [sys.executable, "-c", KILLED_AT_EACH_STEP, str(tmp_path / "source"), str(tmp_path / "out")]
+    environment = {**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+def test_everything_is_on_the_disk_before_the_result_has_its_name(tmp_path, monkeypatch):
+    real, synced = os.fsync, set()
+
+    def syncing(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    real_rename, before = Path.rename, []
+
+    def renaming(path: Path, target: Path) -> Path:
+        if target == tmp_path / "hub":
+            before.extend(synced)
+        return real_rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", renaming)
+    folder = convert_checkpoint(checkpoint(DENSE), tmp_path / "hub", max_shard_size="300KB")
+    assert {path.name for path in [folder, *folder.iterdir()] if path.stat().st_ino not in before} == set()
+    assert tmp_path.stat().st_ino in synced
+
+
+def test_resuming_what_is_finished_changes_nothing(tmp_path):
+    saved(tmp_path / "source")
+    folder = convert_checkpoint(tmp_path / "source", tmp_path / "hub")
+    before = digest(folder)
+    assert convert_checkpoint(tmp_path / "source", folder, resume=True) == folder
+    assert digest(folder) == before
+    with pytest.raises(ValueError, match="is there already"):
+        convert_checkpoint(tmp_path / "source", folder, dtype="float16", resume=True)
+
+
+def test_resuming_with_another_seed_or_noise_is_refused(tmp_path, monkeypatch):
+    saved(tmp_path / "dense")
+    upcycled = partial(upcycle_checkpoint, tmp_path / "dense", tmp_path / "moe", 4, max_shard_size="40KB")
+    stopped_after(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        upcycled(noise=0.1)
+    monkeypatch.undo()
+    for other in ({"noise": 0.1, "seed": 1}, {"noise": 0.2}, {}):
+        with pytest.raises(ValueError, match="begun from another source or with other arguments"):
+            upcycled(resume=True, **other)
+    manifest = json.loads((upcycled(resume=True, noise=0.1) / MANIFEST).read_text())
+    assert manifest["changes"] == ["upcycled: 4 experts, top 2, interval 1, seed 0, noise 0.1"]
+
+
+def test_resuming_with_another_adapter_config_is_refused(tmp_path, monkeypatch):
+    adapter_of(saved(tmp_path / "base"), tmp_path / "adapter", r=2, target_modules=["q_proj"])
+    merging = partial(
+        convert_checkpoint,
+        tmp_path / "base",
+        tmp_path / "out",
+        adapter=tmp_path / "adapter",
+        dtype="float32",
+        quantization="int8",
+        max_shard_size="10KB",
+    )
+    stopped_after(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        merging()
+    monkeypatch.undo()
+    file = tmp_path / "adapter" / "adapter_config.json"
+    before = file.read_text()
+    file.write_text(json.dumps({**json.loads(before), "lora_alpha": 64}))
+    with pytest.raises(ValueError, match="begun from another source or with other arguments"):
+        merging(resume=True)
+    file.write_text(before)
+    changes = json.loads((merging(resume=True) / MANIFEST).read_text())["changes"]
+    digest_of_config = hashlib.sha256(before.encode()).hexdigest()
+    assert changes == [
+        f"merged adapter, SHA-256 of its config {digest_of_config}",
+        "cast to float32",
+        "quantised to int8",
+    ]
 
 
 def test_resuming_with_other_arguments_or_sources_is_refused(tmp_path, monkeypatch):
@@ -457,7 +727,7 @@ def test_a_full_disk_leaves_what_is_finished(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="is full: make room and go on with `resume`"):
         convert_checkpoint(checkpoint(MOE), tmp_path / "hub", max_shard_size="100KB")
     assert not (tmp_path / "hub").exists()
-    finished = digest_of_shards(tmp_path / "hub.unfinished")
+    finished = digest_of_shards(tmp_path / "hub.unfinished" / "result")
     assert finished
     monkeypatch.undo()
     convert_checkpoint(checkpoint(MOE), tmp_path / "hub", max_shard_size="100KB", resume=True)
@@ -495,6 +765,24 @@ def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatc
     with pytest.raises(OSError, match=r"has 0\.0009766 GiB free and 0\.00497\d* GiB are still to be written"):
         convert_checkpoint(checkpoint(MOE), tmp_path / "hub")
     assert not (tmp_path / "hub").exists()
+
+
+def test_a_shard_that_is_written_again_needs_its_room_once(tmp_path, monkeypatch):
+    saved(tmp_path / "source")
+    size = sum(tensor.nbytes for tensor in stored(tmp_path / "source").values())
+    usage, room = namedtuple("usage", "total used free"), size + convert_module._SPARE_BYTES + 4096
+
+    def disk_usage(folder: Path) -> Any:
+        used = sum(file.stat().st_size for file in tmp_path.glob("hub.unfinished/**/*.safetensors*"))
+        return usage(room, used, room - used)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(convert_module, "finish_shard", lambda file: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert_checkpoint(tmp_path / "source", tmp_path / "hub")
+    assert disk_usage(tmp_path).used > size
+    convert_checkpoint(tmp_path / "source", tmp_path / "hub", resume=True)
 
 
 # --- wrong input
@@ -570,6 +858,119 @@ def test_what_is_there_is_not_overwritten(tmp_path):
         convert_checkpoint(checkpoint(MOE), tmp_path / "other", quantization="int3")
 
 
+@pytest.mark.parametrize(
+    ("there", "message"),
+    [
+        ("checkpoint", r"hub\.unfinished holds `config\.json`, which no interrupted conversion has left"),
+        ("notes.txt", r"holds `notes\.txt`"),
+        ("result/model.safetensors", "holds `result`"),
+        ("fingerprint", "holds `fingerprint`"),
+        ("a file", r"hub\.unfinished is there already and no folder"),
+        ("a link", r"hub\.unfinished is there already and no folder"),
+    ],
+)
+@pytest.mark.parametrize("resume", [False, True])
+def test_nothing_is_removed_but_what_a_conversion_has_left(there, message, resume, tmp_path):
+    source, unfinished = tmp_path / "source", tmp_path / "hub.unfinished"
+    saved(source)
+    (tmp_path / "elsewhere").mkdir()
+    if there == "checkpoint":
+        source = unfinished
+        saved(source)
+    elif there == "a file":
+        unfinished.write_text("mine")
+    elif there == "a link":
+        unfinished.symlink_to(tmp_path / "elsewhere")
+    else:
+        (unfinished / there).parent.mkdir(parents=True)
+        (unfinished / there).write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=message if there != "checkpoint" else "which the result is written into"):
+        convert_checkpoint(source, tmp_path / "hub", resume=resume)
+    if there == "checkpoint":
+        with pytest.raises(ValueError, match=message):
+            convert_checkpoint(tmp_path / "source", tmp_path / "hub", resume=resume)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_source_in_the_folder_that_is_written_is_refused(tmp_path, monkeypatch):
+    source, adapter = tmp_path / "source", tmp_path / "hub.unfinished" / "result"
+    model = saved(source)
+    stopped_after(monkeypatch, 0)
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(source, tmp_path / "hub")
+    monkeypatch.undo()
+    adapter_of(model, adapter, r=2, target_modules=["q_proj"])
+    before = digest(adapter)
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors lies in .*which the result is written into"):
+        convert_checkpoint(source, tmp_path / "hub", adapter=adapter)
+    assert digest(adapter) == before
+
+
+def test_destinations_that_cannot_be_written(tmp_path):
+    saved(tmp_path / "source")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="dangling is there already"):
+        convert_checkpoint(tmp_path / "source", tmp_path / "dangling")
+    for below in ("out", "new/out"):
+        with pytest.raises(OSError, match=r"cannot be made \(.*\): choose a destination in a folder that can be"):
+            convert_checkpoint(tmp_path / "source", tmp_path / "source" / "config.json" / below)
+    with pytest.raises(OSError, match="cannot be made"):
+        convert_checkpoint(tmp_path / "source", Path("/proc/out"))
+    assert convert_checkpoint(tmp_path / "source", tmp_path / "a" / "b" / "out").is_dir()  # folders above are made
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.model", "xx"),
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", "{"),
+        ("tokenizer_config.json", "{"),
+        ("generation_config.json", "{"),
+        ("generation_config.json", "[]"),
+    ],
+)
+def test_damaged_files_beside_the_weights_are_named_before_anything_is_written(name, content, tmp_path):
+    saved(tmp_path / "source")
+    shutil.copy(checkpoint(DENSE) / "tokenizer.model", tmp_path / "source")
+    (tmp_path / "source" / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"source/{name} cannot be read \(.+\): download it again"):
+        convert_checkpoint(tmp_path / "source", tmp_path / "hub")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize("size", ["lots", "", "-5GB", "0", 0, -1, "nanGB", "infGB", 1.5])
+def test_sizes_that_are_none(size, tmp_path):
+    saved(tmp_path / "source")
+    with pytest.raises(ValueError, match=r"--max-shard-size\) .*: expected a size above 0, as 5GB"):
+        convert_checkpoint(tmp_path / "source", tmp_path / "hub", max_shard_size=size)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_size_may_be_a_number_of_bytes(tmp_path):
+    saved(tmp_path / "source")
+    numbers = [
+        digest(convert_checkpoint(tmp_path / "source", tmp_path / str(number), max_shard_size=size))
+        for number, size in enumerate(["20000", 20000, "20KB"])
+    ]
+    assert numbers[0] == numbers[1] == numbers[2]
+    assert len(numbers[0]) > 5
+
+
+def test_a_config_is_for_megatron_alone(tmp_path):
+    config, tensors, _ = test_megatron.dense()
+    test_megatron.Writer(tensors, config).write(tmp_path / "run")
+    shutil.copytree(checkpoint(DENSE), tmp_path / "hub")
+    file = tmp_path / "config.json"
+    config.to_json_file(file)
+    for command in ("convert", "quantize", "upcycle"):
+        main([command, str(tmp_path / "run"), str(tmp_path / command), "--config", str(file)])
+        assert AutoConfig.from_pretrained(tmp_path / command).hidden_size == config.hidden_size
+        with pytest.raises(SystemExit, match=r"`config` \(--config\) is for checkpoints of Megatron-LM"):
+            main([command, str(tmp_path / "hub"), str(tmp_path / "out"), "--config", str(file)])
+
+
 # --- memory
 
 
@@ -638,3 +1039,12 @@ def test_the_scripts(script, options, tmp_path):
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert "example" in subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True).stdout
+
+
+def test_calibration_removes_nothing_either(tmp_path):
+    script = runpy.run_path(str(Path(__file__).parent.parent / "conversion" / "calibrate_fp8.py"))
+    (tmp_path / "out.unfinished").mkdir()
+    (tmp_path / "out.unfinished" / "mine").write_text("mine")
+    with pytest.raises(ValueError, match=r"out\.unfinished is there already"):
+        script["write_static_fp8"](str(checkpoint(MOE)), tmp_path / "out", tmp_path / "texts.txt")
+    assert (tmp_path / "out.unfinished" / "mine").exists()

@@ -71,7 +71,6 @@ def _add_convert(commands: Any) -> None:
     convert.add_argument("--dtype", help="of all tensors: bfloat16, float16, float32")
     convert.add_argument("--quantization", help="int8, fp8 or fp8-weight-only")
     convert.add_argument("--adapter", metavar="FOLDER", help="a PEFT adapter to merge")
-    convert.add_argument("--config", metavar="FILE", help="config.json for a Megatron checkpoint that lacks one")
     convert.set_defaults(run=_convert)
 
 
@@ -99,6 +98,7 @@ def _writing_command(commands: Any, name: str, example: str, help_: str) -> argp
     )
     parser.add_argument("source", metavar="SRC", help="a folder: Hub layout, training layout or Megatron-LM")
     parser.add_argument("destination", metavar="DST", help="the folder to write; it must not be there yet")
+    parser.add_argument("--config", metavar="FILE", help="config.json for a Megatron checkpoint that lacks one")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file; default: 5GB")
     parser.add_argument("--resume", action="store_true", help="go on with what an interrupted run has left")
     parser.add_argument(
@@ -236,13 +236,14 @@ def _pairs(option: str, texts: list[str]) -> dict[Any, str]:
 
 
 def _written(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("source", "destination", "max_shard_size", "resume", "verify")}
+    names = ("source", "destination", "config", "max_shard_size", "resume", "verify")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def _convert(arguments: argparse.Namespace) -> None:
     from .checkpoints.convert import convert_checkpoint
 
-    names = ("to", "dtype", "quantization", "adapter", "config")
+    names = ("to", "dtype", "quantization", "adapter")
     done = convert_checkpoint(**_written(arguments), **{name: getattr(arguments, name) for name in names})
     print(f"Wrote {done}.")
 

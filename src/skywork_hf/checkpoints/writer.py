@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 
 from ..headers import SAFETENSORS_DTYPES
 from .readers import Reader
@@ -20,6 +21,25 @@ from .recipes import Product, Recipe
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 # Written at a time, so that the progress bar moves.
 _CHUNK = 2**24
+
+
+def bytes_of(max_shard_size: str | int) -> int:
+    """What "5GB", "1000000" or a number of bytes says.
+
+    Raises:
+        ValueError: it says no size above 0.
+    """
+    size: Any = max_shard_size
+    try:
+        size = convert_file_size_to_int(int(size) if str(size).isdecimal() else size)
+    except (ValueError, OverflowError, AttributeError):
+        size = 0
+    if size <= 0:
+        raise ValueError(
+            f"`max_shard_size` (--max-shard-size) {max_shard_size!r}: expected a size above 0, as 5GB, or a number of "
+            "bytes."
+        )
+    return int(size)
 
 
 def split_into_shards(recipes: Iterable[Recipe], max_bytes: int) -> list[list[Recipe]]:
@@ -59,9 +79,24 @@ def write_shard(file: Path, recipes: list[Recipe], reader: Reader, progress: Cal
 
 def finish_shard(file: Path) -> None:
     """Wait until the content is on the disk, and give it its name."""
-    with part_of(file).open("rb") as stream:
-        os.fsync(stream.fileno())
+    sync(part_of(file))
     part_of(file).rename(file)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a small file, which is there when it is whole and on the disk."""
+    part_of(file).write_text(text, encoding="utf-8")
+    sync(part_of(file))
+    part_of(file).rename(file)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def part_of(file: Path) -> Path:
