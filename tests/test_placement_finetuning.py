@@ -30,7 +30,7 @@ FAMILIES: dict[str, Any] = {
 
 
 def lora(targets: str = "all", **options: Any) -> Any:
-    return peft.LoraConfig(r=4, target_modules=TARGETS[targets], **options)
+    return peft.LoraConfig(**{"r": 4, "target_modules": TARGETS[targets], **options})
 
 
 def load(folder: Any, memory: FinetuningMemory) -> Any:
@@ -192,6 +192,18 @@ def test_experts_train_where_the_plan_puts_them(tmp_path):
     assert {"cpu"} in devices.values()
     assert {GPU} in devices.values()
     assert all(found == {places[name]} for name, found in devices.items())
+
+
+def test_the_largest_rank_of_a_pattern_is_counted():
+    """By what r makes of it where all ranks are that one, since any linear may be the largest."""
+    config = tiny_moe_config(**WIDE)
+    sizes = {"context_tokens": 64, "gradient_checkpointing": False}
+    of_pattern = finetuning_memory(config, lora(r=2, rank_pattern={"w1": 16, "q_proj": 4}), **sizes).nbytes
+    of_rank = finetuning_memory(config, lora(r=16), **sizes).nbytes
+    assert {name: of_pattern[name] for name in ("kept", "working")} == {
+        name: of_rank[name] for name in ("kept", "working")
+    }
+    assert of_pattern["adapters"] < of_rank["adapters"]
 
 
 def test_only_lora_is_counted():

@@ -50,7 +50,7 @@ class TrainingParts(ModelParts):
     adapted one, and dropout for one that masks.
 
     Args:
-        rank: of the adapters.
+        rank: the largest of the adapters.
         gradient_checkpointing: whether layers are computed again in the backward pass, and only their inputs kept.
     """
 
@@ -252,7 +252,7 @@ def finetuning_memory(
         **config_options,
     )
     adapters = _adapters_by_part(request, lora)
-    parts = _training_parts(request, adapters, lora.r, gradient_checkpointing)
+    parts = _training_parts(request, adapters, max([lora.r, *lora.rank_pattern.values()]), gradient_checkpointing)
     return FinetuningMemory(request, parts, adapters)
 
 
