@@ -183,3 +183,37 @@ def test_on_a_gpu_as_on_the_cpu(rows):
     for scheme in ("none", "dynamic"):
         moved = kernels.fp8_linear(on_gpu, *(tensor.cuda() for tensor in fp8), scheme, None)
         assert relative_error(moved.cpu(), kernels.weight_only_linear(inputs, *fp8)) <= 0.04
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_runs_a_layer_in_its_dtype(dtype, kind, rows):
+    """As any linear; and no matmul inside in another: codes times inputs overflow float16 before they are scaled."""
+    layer = layer_of(kind, 64, 64)
+    inputs = 300 * torch.rand(rows, 64, requires_grad=True)
+    wanted = layer(inputs.to(dtype))
+    with torch.autocast("cpu", dtype):
+        got = layer(inputs)
+    assert got.dtype == dtype
+    assert got.isfinite().all()
+    assert torch.equal(got, wanted)
+    (gradient,) = torch.autograd.grad(got.float().sum(), inputs)
+    assert gradient.dtype == torch.float32
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@torch.no_grad()
+def test_a_scale_in_another_dtype_is_the_same_scale(kind, rows):
+    layer, inputs = layer_of(kind, 64, 64), torch.randn(rows, 64, dtype=torch.bfloat16)
+    wanted = layer(inputs)
+    layer.weight_scale.data = layer.weight_scale.data.double()
+    assert torch.equal(layer(inputs), wanted)
+
+
+def layer_of(kind: str, out_features: int, in_features: int) -> SkyworkInt8Linear | SkyworkFp8Linear:
+    layer = (SkyworkInt8Linear if kind == "int8" else SkyworkFp8Linear)(in_features, out_features)
+    weight, scale = quantized(kind, out_features, in_features)
+    layer.weight.data, layer.weight_scale.data = weight, scale
+    return layer

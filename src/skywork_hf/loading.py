@@ -11,9 +11,6 @@ from transformers import PreTrainedModel
 
 from .headers import read_headers, refuse_quantized
 
-# A weight of an adapter in a model: "....w1.lora_A.default.weight" is of the adapter "default".
-_ADAPTER_WEIGHT = re.compile(r"\.(?:lora|ia3)_\w+\.([^.]+)")
-
 
 class SkyworkLoadingMixin(PreTrainedModel):
     """Device maps down to the expert, and refuses quantised weights that the config does not speak of: they would be
@@ -45,6 +42,7 @@ class SkyworkLoadingMixin(PreTrainedModel):
     def post_init(self) -> None:
         """transformers' own; in addition, what PEFT loads is checked."""
         super().post_init()
+        self.register_load_state_dict_pre_hook(refuse_other_sizes)
         self.register_load_state_dict_post_hook(refuse_other_adapter)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Any:
@@ -64,15 +62,13 @@ def refuse_other_adapter(model: Any, loaded: Any) -> None:
     adapters = getattr(model, "peft_config", None)
     if not adapters:
         return
-    for name in sorted(filter(_ADAPTER_WEIGHT.search, loaded.unexpected_keys)):
+    weight_of = _adapter_weight(adapters)
+    for name in sorted(filter(weight_of.search, loaded.unexpected_keys)):
         raise ValueError(f"The adapter holds `{name}`, which the model has no place for: {_why_no_place(model, name)}")
     for name, stored, expected in sorted(getattr(loaded, "mismatched_keys", ())):
-        raise ValueError(
-            f"The adapter holds `{name}` as {list(stored)}, and its config makes it {list(expected)} in this model: "
-            "`r` and `rank_pattern` must be those it was trained with, and so must the model's sizes."
-        )
-    own = _by_adapter(name for name, _ in model.named_parameters())
-    missing = _by_adapter(loaded.missing_keys)
+        raise _other_size(name, stored, expected)
+    own = _by_adapter(weight_of, (name for name, _ in model.named_parameters()))
+    missing = _by_adapter(weight_of, loaded.missing_keys)
     for adapter in adapters:
         lacking = missing.get(adapter, [])
         if 0 < len(lacking) < len(own.get(adapter, [])):  # all of them: it was another adapter that was loaded
@@ -82,15 +78,48 @@ def refuse_other_adapter(model: Any, loaded: Any) -> None:
             )
 
 
-def _by_adapter(names: Iterable[str]) -> dict[str, list[str]]:
+def refuse_other_sizes(model: Any, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+    """Raise ValueError where a weight of an adapter has another shape in `state_dict` than in `model`, a module whose
+    names have `prefix` there: torch would list all of them, one a line."""
+    adapters = getattr(model, "peft_config", None)
+    if not adapters:
+        return
+    weight_of = _adapter_weight(adapters)
+    for name, parameter in model.named_parameters():
+        stored = state_dict.get(prefix + name)
+        if stored is not None and stored.shape != parameter.shape and weight_of.search(name):
+            raise _other_size(prefix + name, stored.shape, parameter.shape)
+
+
+def _other_size(name: str, stored: Iterable[int], expected: Iterable[int]) -> ValueError:
+    return ValueError(
+        f"The adapter holds `{name}` as {list(stored)}, and its config makes it {list(expected)} in this model: `r` "
+        "and `rank_pattern` must be those it was trained with, and so must the model's sizes."
+    )
+
+
+def _adapter_weight(adapters: dict[str, Any]) -> re.Pattern[str]:
+    """Matches the names of the weights of `adapters`, and in the one group the adapter's, which files leave out:
+    "....w1.lora_A.default.weight" and "....w1.ia3_l.default" are of the adapter "default"."""
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING  # there, as there are adapters
+
+    prefixes = {PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type] for config in adapters.values()} | {"modules_to_save"}
+    names = "|".join(map(re.escape, sorted(adapters)))
+    return re.compile(rf"\.(?:{'|'.join(map(re.escape, sorted(prefixes)))})\w*(?:\.({names}))?(?:\.|$)")
+
+
+def _by_adapter(weight_of: re.Pattern[str], names: Iterable[str]) -> dict[str, list[str]]:
     grouped: dict[str, list[str]] = {}
     for name in names:
-        if match := _ADAPTER_WEIGHT.search(name):
+        if (match := weight_of.search(name)) and match[1]:
             grouped.setdefault(match[1], []).append(name)
     return grouped
 
 
 def _why_no_place(model: Any, name: str) -> str:
+    layer = re.search(r"\.layers\.(\d+)\.", name)
+    if layer and int(layer[1]) >= model.config.num_hidden_layers:
+        return "it was trained on a model with more layers, so load it into that."
     layout = getattr(model.config, "experts_layout", None)
     if layout is None or ".experts." not in name:
         return "it was trained on another model, so load it into that."

@@ -25,7 +25,7 @@ from .modeling_skywork import SkyworkForCausalLM, SkyworkForSequenceClassificati
 from .modeling_skywork_moe import SkyworkMoeForCausalLM, SkyworkMoeModel
 from .placement.dispatch import load_placed
 from .quantization.config import INT8_METHOD, SkyworkFp8Config, SkyworkInt8Config
-from .quantization.linear import refuse_merging
+from .quantization.linear import refuse_merging, refuse_reading_codes
 from .quantization.quantizers import SkyworkFp8Quantizer, SkyworkInt8Quantizer
 from .tokenization_skywork import SkyworkTokenizer
 
@@ -55,7 +55,7 @@ def register() -> None:
     _register_quantizer(INT8_METHOD, SkyworkInt8Config, SkyworkInt8Quantizer)
     when_imported("transformers.trainer", _report_router_load)
     when_imported("peft.utils.constants", _set_default_targets)
-    when_imported("peft.tuners.tuners_utils", _check_before_merging)
+    when_imported("peft.tuners.tuners_utils", _check_adapters)
 
 
 def _register_quantizer(method: str, config_class: Any, quantizer_class: Any) -> None:
@@ -86,9 +86,10 @@ def _set_default_targets(constants: Any) -> None:
             targets[SkyworkMoeConfig.model_type] = [expert_names.get(target, target) for target in of_moe]
 
 
-def _check_before_merging(tuners: Any) -> None:
-    """Where PEFT itself refuses what it cannot merge into; it asks nothing that a layer could answer."""
-    check = tuners.BaseTuner._check_merge_allowed
+def _check_adapters(tuners: Any) -> None:
+    """Where PEFT has made adapters, and where it refuses what it cannot merge into; it asks nothing that a layer could
+    answer."""
+    check, inject = tuners.BaseTuner._check_merge_allowed, tuners.BaseTuner.inject_adapter
     if check.__module__ == __name__:
         return  # `register` was called again
 
@@ -96,7 +97,12 @@ def _check_before_merging(tuners: Any) -> None:
         refuse_merging(tuner.model)
         check(tuner)
 
+    def inject_adapter(tuner: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        inject(tuner, model, adapter_name, *args, **kwargs)
+        refuse_reading_codes(model, tuner.peft_config[adapter_name].peft_type.value)
+
     tuners.BaseTuner._check_merge_allowed = check_merge_allowed
+    tuners.BaseTuner.inject_adapter = inject_adapter
 
 
 def _warn_if_taken(registry: Any, name: str, ours: type) -> None:

@@ -151,7 +151,7 @@ def int8_linear(
     Args:
         inputs: [rows, in_features], a float dtype.
         weight: int8 [out_features, in_features].
-        scale: bfloat16 [out_features].
+        scale: [out_features], a float dtype; bfloat16 unless somebody cast it.
         quantize_activations: whether many rows may run with int8 activations.
 
     Returns:
@@ -159,7 +159,7 @@ def int8_linear(
     """
     kernel = int8_kernel(inputs.device.type, inputs.dtype, len(inputs), weight.shape, quantize_activations)
     if kernel == "weight_int8pack_mm":
-        return torch._weight_int8pack_mm(inputs, weight, scale)
+        return torch._weight_int8pack_mm(inputs, weight, scale.to(inputs.dtype))  # as it takes no other
     if kernel == "int_mm":
         return int8_activations_linear(inputs, weight, scale)
     return weight_only_linear(inputs, weight, scale)
@@ -206,9 +206,9 @@ def fp8_linear(
     Args:
         inputs: [rows, in_features], a float dtype.
         weight: float8_e4m3fn [out_features, in_features].
-        scale: float32, one element.
+        scale: one element, a float dtype.
         scheme: "static", "dynamic" or "none".
-        input_scale: float32, one element: the activations' scale, for "static".
+        input_scale: the same: the activations' scale, for "static".
 
     Returns:
         [rows, out_features] in the dtype of `inputs`.
@@ -220,8 +220,8 @@ def fp8_linear(
     return torch._scaled_mm(
         to_fp8(inputs, input_scale),
         weight.t(),
-        scale_a=input_scale.reshape(()),
-        scale_b=scale.reshape(()),
+        scale_a=input_scale.float().reshape(()),
+        scale_b=scale.float().reshape(()),
         out_dtype=inputs.dtype,
     )
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, overload
 
 import torch
 from torch import nn
 
 from . import kernels
+
+# PEFT's methods that compute with `base_layer.weight` itself, and do not fail on int8 or FP8 by themselves.
+_READ_CODES = {"DEFT", "FROD", "HIRA", "HRA", "OSF", "PEANUT", "SHIRA"}
 
 
 class _FrozenMatmul(torch.autograd.Function):
@@ -45,7 +48,11 @@ class SkyworkQuantizedLinear(nn.Linear):
         raise NotImplementedError
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] to [..., out_features], same dtype."""
+        """[..., in_features] to [..., out_features], same dtype; under autocast its dtype, as of any linear."""
+        device = input.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):  # kernels choose what each of their matmuls runs in
+                return self.forward(input.to(torch.get_autocast_dtype(device)))
         rows = input.reshape(-1, self.in_features)
         # Past autograd where nothing is trained: a decoded token meets some hundreds of these.
         trained = torch.is_grad_enabled() and rows.requires_grad
@@ -133,10 +140,27 @@ def _frozen(shape: tuple[int, ...], dtype: torch.dtype | None, device: Any) -> n
 
 def refuse_merging(model: nn.Module) -> None:
     """Raise ValueError where an adapter would be merged into a quantised weight, as if that held real values."""
+    for name, module in _adapted(model):
+        raise ValueError(
+            f"`{name}.weight` is quantised ({module.weight.dtype}), and no adapter can be merged into that: load "
+            "the base model in 16 bit (a model in memory: call its `dequantize()`) and merge there, or merge on "
+            "disk with `skywork-hf convert --adapter`."
+        )
+
+
+def refuse_reading_codes(model: nn.Module, method: str) -> None:
+    """Raise ValueError where an adapter of PEFT's `method` would take a quantised weight's codes for real values."""
+    if method not in _READ_CODES:
+        return
+    for name, module in _adapted(model):
+        raise ValueError(
+            f"`{name}.weight` is quantised ({module.weight.dtype}), and {method} would take its codes for real "
+            "values: load the base model in 16 bit, or take LoRA, which adapts quantised weights."
+        )
+
+
+def _adapted(model: nn.Module) -> Iterator[tuple[str, SkyworkQuantizedLinear]]:
+    """The quantised linears that have adapters, by name."""
     for name, module in model.named_modules():
         if name.endswith(".base_layer") and isinstance(module, SkyworkQuantizedLinear):
-            raise ValueError(
-                f"`{name}.weight` is quantised ({module.weight.dtype}), and no adapter can be merged into that: load "
-                "the base model in 16 bit (a model in memory: call its `dequantize()`) and merge there, or merge on "
-                "disk with `skywork-hf convert --adapter`."
-            )
+            yield name, module

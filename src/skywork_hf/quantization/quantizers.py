@@ -93,6 +93,9 @@ class _SkyworkQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for module in _quantized_linears(model).values():
             module.requires_grad_(False)  # transformers makes what is a float, as FP8 is, trainable
+        # For PEFT's `prepare_model_for_kbit_training`, which asks for methods that it knows: without, it would not
+        # checkpoint activations, and make scales and all that is not quantised float32.
+        model.hqq_quantized = True
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -109,6 +112,7 @@ class _SkyworkQuantizer(HfQuantizer):
                 remove_hook_from_module(module)
                 add_hook_to_module(linear, hook)
             model.set_submodule(name, linear)
+        model.hqq_quantized = False
         return model
 
 
