@@ -8,6 +8,7 @@ import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -179,7 +180,7 @@ def _why_not(error: Exception) -> str:
             "any program: write it again without that."
         )
     first = next(iter(str(error).splitlines()), "")
-    detail = "" if not first or "weights_only" in first else f" ({first})"
+    detail = "" if not first or "weights_only" in first else f" ({shorten(first, 100)})"
     return f"it is empty, cut off, or nothing that `torch.save` wrote{detail}; download or write it again."
 
 
@@ -217,8 +218,8 @@ def _check_stored(file: Path, name: Any, value: Any) -> None:
         raise ValueError(f"`{name}` in {file} is {kind}: expected a plain tensor; write it again as one.")
     if value.dtype not in SAFETENSORS_DTYPES.values():
         raise ValueError(
-            f"`{name}` in {file} is stored as {value.dtype}, which is not converted; expected one of "
-            f"{', '.join(SAFETENSORS_DTYPES)}."
+            f"`{name}` in {file} is stored as {value.dtype}, which safetensors files do not hold one by one: expected "
+            f"one of {', '.join(SAFETENSORS_DTYPES)}; write it again as one."
         )
 
 

@@ -65,7 +65,7 @@ class Source:
     """A checkpoint, whatever its layout, as the Hub's would be made of it.
 
     Args:
-        layout: "hub", "training" or "megatron".
+        layout: "hub", "training", "llama" or "megatron".
         folder: where files beside the weights, such as the tokenizer's, are taken from.
         config: what `config.json` of the Hub's layout would say.
         recipes: one for each group of tensors of the model, under the Hub's names, in the model's order.
