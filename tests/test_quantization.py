@@ -170,6 +170,8 @@ def test_a_16_bit_checkpoint_is_quantised_while_it_loads(kind, dtype, tmp_path):
     assert not quantised(again)
     assert not hasattr(again.config, "quantization_config")
     if dtype == torch.float32:
+        for layer in layers.values():
+            layer.quantize_activations = False  # as some CPUs do, which rounds more than the weights
         torch.testing.assert_close(restored, golden_logits(model, "skywork-moe-tiny"), rtol=0, atol=1e-4)
 
 

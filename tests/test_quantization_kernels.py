@@ -104,7 +104,7 @@ def test_int8_linear_whatever_kernel_it_takes(rows, out_features, in_features, h
         call = ("cpu", inputs.dtype, rows, weight.shape)
         kernel = kernels.int8_kernel(*call, quantize_activations=True)
         few = "blocks" if in_features % 32 else "weight_int8pack_mm"
-        assert kernel == (few if rows <= 32 else "int_mm" if has_int_mm else "blocks")
+        assert kernel == (few if rows <= 32 else "int_mm" if has_int_mm and in_features > 1 else "blocks")
         assert kernels.int8_kernel(*call, quantize_activations=False) != "int_mm"
         outputs = kernels.int8_linear(inputs, weight, scale, quantize_activations=True)
     assert outputs.dtype == torch.bfloat16
@@ -210,6 +210,24 @@ def test_a_scale_in_another_dtype_is_the_same_scale(kind, rows):
     wanted = layer(inputs)
     layer.weight_scale.data = layer.weight_scale.data.double()
     assert torch.equal(layer(inputs), wanted)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 32])
+@pytest.mark.parametrize("offset", [0, 2, 8, 16])
+@torch.no_grad()
+def test_tensors_may_begin_anywhere_in_memory(offset, rows):
+    """As weights that are mapped from a file do, and inputs that are views."""
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        buffer = torch.empty(tensor.nbytes + offset, dtype=torch.uint8)
+        there = buffer[offset:].view(tensor.dtype).view(tensor.shape)
+        return there.copy_(tensor)
+
+    weight, scale = kernels.quantize_int8(torch.randn(48, 64))
+    inputs = torch.randn(rows, 64, dtype=torch.bfloat16)
+    wanted = F.linear(inputs.float(), kernels.dequantize(weight, scale, torch.float32))
+    got = kernels.int8_linear(moved(inputs), moved(weight), moved(scale), quantize_activations=False)
+    assert relative_error(got, wanted) < 0.01
 
 
 def layer_of(kind: str, out_features: int, in_features: int) -> SkyworkInt8Linear | SkyworkFp8Linear:

@@ -21,6 +21,9 @@ CPU_WEIGHT_ONLY_ROWS = 32
 # That kernel crashes the process where the rows of a weight are no whole number of vectors long (seen on AVX2 with 5
 # and 33; AVX512 has the longest vectors, 32 of bfloat16).
 CPU_WEIGHT_ONLY_MULTIPLE = 32
+# It also crashes on inputs, and from so many rows on weights, that begin elsewhere in memory than at multiples of so
+# many bytes (seen on AVX512). Weights mapped from a safetensors file begin at multiples of 8.
+CPU_WEIGHT_ONLY_INPUT_ALIGNMENT, CPU_WEIGHT_ONLY_ALIGNED_ROWS, CPU_WEIGHT_ONLY_ALIGNMENT = 32, 4, 16
 # torch's integer matmul on CUDA takes no fewer rows, and only multiples of 8 in the two other directions.
 CUDA_INT_MM_ROWS = 17
 CUDA_INT_MM_MULTIPLE = 8
@@ -159,10 +162,20 @@ def int8_linear(
     """
     kernel = int8_kernel(inputs.device.type, inputs.dtype, len(inputs), weight.shape, quantize_activations)
     if kernel == "weight_int8pack_mm":
+        if len(inputs) >= CPU_WEIGHT_ONLY_ALIGNED_ROWS:
+            weight = _aligned(weight, CPU_WEIGHT_ONLY_ALIGNMENT)
+        inputs = _aligned(inputs, CPU_WEIGHT_ONLY_INPUT_ALIGNMENT)
         return torch._weight_int8pack_mm(inputs, weight, scale.to(inputs.dtype))  # as it takes no other
     if kernel == "int_mm":
         return int8_activations_linear(inputs, weight, scale)
     return weight_only_linear(inputs, weight, scale)
+
+
+def _aligned(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
+    """A tensor that begins at a multiple of so many bytes: itself, or a copy that is gone after the matmul."""
+    if torch.compiler.is_compiling() or tensor.data_ptr() % multiple == 0:  # while compiling nobody knows
+        return tensor
+    return tensor.clone()
 
 
 def int8_kernel(
@@ -186,7 +199,9 @@ def has_fast_int_mm(device_type: str, rows: int, shape: tuple[int, ...]) -> bool
     """Whether torch's integer matmul takes this and is the fastest for it."""
     if device_type == "cuda":
         return rows >= CUDA_INT_MM_ROWS and all(size % CUDA_INT_MM_MULTIPLE == 0 for size in shape)
-    return device_type == "cpu" and rows > CPU_WEIGHT_ONLY_ROWS and torch.cpu._is_vnni_supported()
+    # With a single column torch's product is wrong (seen on AVX512).
+    fits = device_type == "cpu" and rows > CPU_WEIGHT_ONLY_ROWS and shape[1] > 1
+    return fits and torch.cpu._is_vnni_supported()
 
 
 def int8_activations_linear(inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
