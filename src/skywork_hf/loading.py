@@ -16,8 +16,10 @@ class SkyworkLoadingMixin(PreTrainedModel):
     """Device maps down to the expert, and refuses quantised weights that the config does not speak of: they would be
     read without their scales."""
 
-    # `placement.dispatch.load_placed`. Set by `registration`, as placement stands above the models.
+    # `placement.dispatch.load_placed` and `quantization.bitsandbytes.unpack`. Set by `registration`, as placement and
+    # quantisation stand above the models.
     _load_placed: ClassVar[Callable[..., Any]]
+    _unpack: ClassVar[Callable[[Any], None]]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
@@ -40,15 +42,22 @@ class SkyworkLoadingMixin(PreTrainedModel):
         return loaded
 
     def post_init(self) -> None:
-        """transformers' own; in addition, what PEFT loads is checked."""
+        """transformers' own; in addition, what PEFT loads is checked, and what is saved can be read."""
         super().post_init()
+        self.register_state_dict_pre_hook(unpack_before_saving)
         self.register_load_state_dict_pre_hook(refuse_other_sizes)
         self.register_load_state_dict_post_hook(refuse_other_adapter)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Any:
         """Give every quantised linear its real values in `dtype`, by default that of the rest of the model."""
+        type(self)._unpack(self)
         # transformers asks the config, where saving has left a string.
         return super().dequantize(dtype or self.dtype)
+
+
+def unpack_before_saving(model: Any, *args: Any) -> None:
+    """A hook of `state_dict`."""
+    type(model)._unpack(model)
 
 
 def refuse_other_adapter(model: Any, loaded: Any) -> None:

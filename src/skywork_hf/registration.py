@@ -24,6 +24,7 @@ from .loading import SkyworkLoadingMixin
 from .modeling_skywork import SkyworkForCausalLM, SkyworkForSequenceClassification, SkyworkModel
 from .modeling_skywork_moe import SkyworkMoeForCausalLM, SkyworkMoeModel
 from .placement.dispatch import load_placed
+from .quantization.bitsandbytes import keep_trainable, unpack
 from .quantization.config import INT8_METHOD, SkyworkFp8Config, SkyworkInt8Config
 from .quantization.linear import refuse_merging, refuse_reading_codes
 from .quantization.quantizers import SkyworkFp8Quantizer, SkyworkInt8Quantizer
@@ -51,6 +52,7 @@ def register() -> None:
     # So that transformers asks each model: see `SkyworkMoePreTrainedModel.is_custom_code`.
     USER_REGISTERED_MAPPINGS.discard(SkyworkMoeConfig.model_type)
     SkyworkLoadingMixin._load_placed = staticmethod(load_placed)
+    SkyworkLoadingMixin._unpack = staticmethod(unpack)
     _register_quantizer(FP8_METHOD, SkyworkFp8Config, SkyworkFp8Quantizer)
     _register_quantizer(INT8_METHOD, SkyworkInt8Config, SkyworkInt8Quantizer)
     when_imported("transformers.trainer", _report_router_load)
@@ -95,11 +97,16 @@ def _check_adapters(tuners: Any) -> None:
 
     def check_merge_allowed(tuner: Any) -> None:
         refuse_merging(tuner.model)
+        if isinstance(tuner.model, SkyworkLoadingMixin):
+            unpack(tuner.model)
         check(tuner)
 
     def inject_adapter(tuner: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         inject(tuner, model, adapter_name, *args, **kwargs)
-        refuse_reading_codes(model, tuner.peft_config[adapter_name].peft_type.value)
+        config = tuner.peft_config[adapter_name]
+        refuse_reading_codes(model, config.peft_type.value)
+        if isinstance(model, SkyworkLoadingMixin) and not config.inference_mode:
+            keep_trainable(model)
 
     tuners.BaseTuner._check_merge_allowed = check_merge_allowed
     tuners.BaseTuner.inject_adapter = inject_adapter
