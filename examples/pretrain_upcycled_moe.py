@@ -7,15 +7,20 @@
 Without `--dense` a tiny dense parent, and its tokenizer, are trained first on bundled sentences (sentences.py).
 `--text` is a file with a document in each line, of which every twentieth is held out.
 
-The dense parent trains on beside the MoE model, for as many tokens, so that what the experts bring can be seen: both
-held-out losses are printed, and drawn in `curves.png`. Writes to `--output`: the MoE model in bfloat16, `curves.png`,
-and `router.png`, what the gates did. `--no-baseline` leaves the dense model's further training out.
+The dense parent trains on before the MoE model does, for as many tokens, so that what the experts bring can be seen:
+both held-out losses are printed, and drawn in `curves.png`. Writes to `--output`: the MoE model in bfloat16,
+`curves.png`, and `router.png`, what the gates did. `--no-baseline` leaves the dense model's further training out.
+
+Weights are trained in float32, as small steps are lost in 16 bit; on a GPU with bfloat16's autocast. This is one
+process, for models that one GPU trains. For larger ones `skywork-hf upcycle` writes the start, and any Trainer script
+with FSDP takes `AdaptiveAuxLossCallback` as `train` below does.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +38,7 @@ from transformers import (
 
 from skywork_hf import AdaptiveAuxLossCallback, SkyworkConfig, SkyworkForCausalLM, SkyworkTokenizer
 from skywork_hf.checkpoints.convert import upcycle_checkpoint
+from skywork_hf.demo import PROMPTS, continued
 from skywork_hf.training import read_conversations
 
 TINY = {
@@ -43,17 +49,19 @@ TINY = {
     "max_position_embeddings": 128,
 }
 VOCABULARY = 1536
-PROMPTS = ["法国的首都是", "The capital of Japan is", "三加四等于", "7 + 8 =", "熟能生", "Practice makes"]
 HELD_OUT_EVERY = 20
+CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 
 def train_tokenizer(texts: list[str], folder: Path) -> SkyworkTokenizer:
-    """A SentencePiece tokenizer of Skywork's kind: BPE, single digits, bytes for what it has not seen."""
+    """A SentencePiece tokenizer of Skywork's kind: BPE, single digits, bytes for what it has not seen. Chinese
+    characters are pieces of their own, so that a prompt may end at any of them."""
     from sentencepiece import SentencePieceTrainer
 
     model = io.BytesIO()
     SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
+        sentence_iterator=(CHINESE.sub(r"\t\g<0>\t", text) for text in texts),
+        pretokenization_delimiter="\t",
         model_writer=model,
         vocab_size=VOCABULARY,
         model_type="bpe",
@@ -87,8 +95,10 @@ def tokenized(tokenizer: Any, texts: list[str], max_tokens: int) -> list[dict[st
     return [{"input_ids": row[:max_tokens], "attention_mask": [1] * len(row[:max_tokens])} for row in rows]
 
 
-def train(model: Any, tokenizer: Any, data: dict[str, Any], name: str, steps: int, options: Any) -> Trainer:
-    """Train on `data["train"]`, and look at `data["held_out"]` ten times."""
+def train(
+    model: Any, tokenizer: Any, data: dict[str, Any], name: str, steps: int, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Train on `data["train"]`, and look at `data["held_out"]` ten times. Returns what the Trainer logged."""
     print(f"\n{name}: {model.num_parameters():,} parameters, {steps} steps", flush=True)
     arguments = TrainingArguments(
         output_dir=str(options.output),
@@ -99,6 +109,8 @@ def train(model: Any, tokenizer: Any, data: dict[str, Any], name: str, steps: in
         lr_scheduler_type="cosine",
         warmup_steps=min(50, steps // 10),
         weight_decay=0.1,
+        bf16=torch.cuda.is_available(),
+        activation_checkpointing=torch.cuda.is_available(),
         logging_steps=max(1, steps // 40),
         eval_strategy="steps",
         eval_steps=max(1, steps // 10),
@@ -117,23 +129,24 @@ def train(model: Any, tokenizer: Any, data: dict[str, Any], name: str, steps: in
     )
     trainer.train()
     model.config.use_cache = True  # the Trainer turned it off
-    print(f"{name}: held-out loss {held_out_losses(trainer)[-1][1]:.4f}")
-    return trainer
+    print(f"{name}: held-out loss {held_out_losses(trainer.state.log_history)[-1][1]:.4f}")
+    return trainer.state.log_history
 
 
-def held_out_losses(trainer: Trainer) -> list[tuple[int, float]]:
-    return [(entry["step"], entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry]
+def held_out_losses(log_history: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    return [(entry["step"], entry["eval_loss"]) for entry in log_history if "eval_loss" in entry]
 
 
-def draw(runs: dict[str, tuple[int, Trainer]], path: Path) -> None:
+def draw(runs: dict[str, tuple[int, list[dict[str, Any]]]], path: Path) -> None:
     """The losses over the steps; each run begins where another one ended."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
-    for (name, (start, trainer)), colour in zip(runs.items(), ("#555555", "#88CCEE", "#CC6677"), strict=False):
-        losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-        for points, style in ((losses, {"linewidth": 0.8, "alpha": 0.5}), (held_out_losses(trainer), {"marker": "."})):
+    for (name, (start, log_history)), colour in zip(runs.items(), ("#555555", "#88CCEE", "#CC6677"), strict=False):
+        losses = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
+        held_out = held_out_losses(log_history)
+        for points, style in ((losses, {"linewidth": 0.8, "alpha": 0.5}), (held_out, {"marker": "."})):
             steps, values = zip(*points, strict=True)
             label = f"{name}, {'held out' if 'marker' in style else 'training'}"
             axis.plot([start + step for step in steps], values, color=colour, label=label, **style)
@@ -143,78 +156,75 @@ def draw(runs: dict[str, tuple[int, Trainer]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def show(model: Any, tokenizer: Any) -> None:
-    """What the model says after some prompts."""
-    for prompt in PROMPTS:
-        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-        answer = model.generate(**inputs, max_new_tokens=16, do_sample=False)
-        print(f"  {tokenizer.decode(answer[0], skip_special_tokens=True)}")
+def read_texts(options: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Documents for training, and those held out."""
+    if options.text is None:
+        return bundled.sentences(options.seed)
+    lines = [line for line in options.text.read_text(encoding="utf-8").split("\n") if line.strip()]
+    return [line for number, line in enumerate(lines) if number % HELD_OUT_EVERY], lines[::HELD_OUT_EVERY]
 
 
-def dense_parent(options: Any, texts: list[str], folder: Path) -> tuple[Any, Any]:
-    """The model that the experts are copied from, and its tokenizer."""
-    if options.dense is not None:
-        model = AutoModelForCausalLM.from_pretrained(options.dense, dtype="auto")
-        return model, AutoTokenizer.from_pretrained(options.dense)
-    tokenizer = train_tokenizer(texts, folder)
-    return SkyworkForCausalLM(SkyworkConfig(**TINY, vocab_size=len(tokenizer))), tokenizer
+def dense_folder(options: argparse.Namespace) -> Path:
+    """Where the dense parent is, or will be."""
+    if not options.dense:
+        return options.output / "dense"
+    return Path(options.dense) if Path(options.dense).is_dir() else Path(snapshot_download(options.dense))
 
 
-def main(arguments: list[str] | None = None) -> dict[str, float]:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the folder to write")
-    parser.add_argument(
-        "--dense", help="the dense checkpoint: a folder or a name on the Hub; default: train a tiny one"
-    )
+    dense_help = "the dense checkpoint: a folder or a name on the Hub; default: train a tiny one"
+    parser.add_argument("--dense", help=dense_help)
     parser.add_argument("--text", type=Path, help="a document in each line; default: the bundled sentences")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--top-k", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=200, help="of the MoE model, and of the dense one beside it")
+    parser.add_argument("--steps", type=int, default=200, help="of the MoE model, and of the dense one before it")
     parser.add_argument("--dense-steps", type=int, default=200, help="of a tiny dense parent")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--max-tokens", type=int, default=TINY["max_position_embeddings"])
     parser.add_argument("--report-to", default="none", help="tensorboard, wandb, trackio, ...")
-    parser.add_argument("--no-baseline", action="store_true")
+    parser.add_argument("--no-baseline", action="store_true", help="train the MoE model alone")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
+    return parser
 
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    options = parser().parse_args(arguments)
+    if options.output.exists():
+        raise SystemExit(f"{options.output} is there already: choose another folder, or remove it.")
     set_seed(options.seed)
-    if options.text is None:
-        texts, held_out = bundled.sentences(options.seed)
-    else:
-        lines = [line for line in options.text.read_text(encoding="utf-8").splitlines() if line.strip()]
-        texts = [line for number, line in enumerate(lines) if number % HELD_OUT_EVERY]
-        held_out = lines[::HELD_OUT_EVERY]
-    parent_folder, start_folder = options.output / "dense", options.output / "upcycled"
-    dense, tokenizer = dense_parent(options, texts + chats(), parent_folder)
+    texts, held_out = read_texts(options)
+    dense, upcycled = dense_folder(options), options.output / "upcycled"
+    tokenizer = AutoTokenizer.from_pretrained(dense) if options.dense else train_tokenizer(texts + chats(), dense)
     data = {
         name: tokenized(tokenizer, of_kind, options.max_tokens)
         for name, of_kind in (("train", texts), ("held_out", held_out))
     }
-    runs: dict[str, tuple[int, Trainer]] = {}
-    source, start = options.dense, 0
-    if options.dense is None:
-        runs["dense parent"] = 0, train(dense, tokenizer, data, "dense parent", options.dense_steps, options)
+    runs: dict[str, tuple[int, list[dict[str, Any]]]] = {}
+    start = 0
+    if not options.dense:
+        parent = SkyworkForCausalLM(SkyworkConfig(**TINY, vocab_size=len(tokenizer)))
+        runs["dense parent"] = start, train(parent, tokenizer, data, "dense parent", options.dense_steps, options)
         start = options.dense_steps
-        dense.save_pretrained(parent_folder)
-        tokenizer.save_pretrained(parent_folder)
-        source = parent_folder
-    elif not Path(source).is_dir():
-        source = snapshot_download(source)
-    upcycle_checkpoint(source, start_folder, options.experts, top_k=options.top_k, seed=options.seed)
+        parent.save_pretrained(dense)
+        tokenizer.save_pretrained(dense)
     if not options.no_baseline:
-        runs["dense"] = start, train(dense, tokenizer, data, "dense", options.steps, options)
-    moe = AutoModelForCausalLM.from_pretrained(start_folder)
+        baseline = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+        runs["dense"] = start, train(baseline, tokenizer, data, "dense", options.steps, options)
+    upcycle_checkpoint(dense, upcycled, options.experts, top_k=options.top_k, seed=options.seed)
+    moe = AutoModelForCausalLM.from_pretrained(upcycled, dtype=torch.float32)
     runs["MoE"] = start, train(moe, tokenizer, data, "MoE", options.steps, options)
 
     moe.to(torch.bfloat16).save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
     draw(runs, options.output / "curves.png")
-    losses = {name: held_out_losses(trainer)[-1][1] for name, (_, trainer) in runs.items()}
+    losses = {name: held_out_losses(log_history)[-1][1] for name, (_, log_history) in runs.items()}
     print("\nHeld-out losses:", ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
     print("The MoE model continues:")
-    show(moe.eval(), tokenizer)
+    for prompt in PROMPTS:
+        print(f"  {continued(moe.eval(), tokenizer, prompt)}")
     return losses
 
 

@@ -22,10 +22,10 @@ def test_demo_tells_what_was_loaded_agrees_and_generates(capsys):
     precisions = printed.split("torch.bfloat16, 0.0056 GiB")[1].split("int8, 0.0032 GiB")
     assert len(precisions) == 2
     for said in precisions:
-        assert "法国的首都是 → 巴黎。" in said
+        assert "法国的首都叫 → 巴黎。" in said
         assert "The capital of Japan is → Tokyo." in said
-        assert "三加四等于 → 七。" in said
-        assert "7 + 8 = → 15" in said
+        assert "七加十三等于 → 二十。" in said
+        assert "9 + 13 = → 22" in said
         assert "熟能生 → 巧。" in said
         assert "Practice makes → perfect." in said
     assert "32 x float32 linear" in printed

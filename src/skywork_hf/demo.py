@@ -19,7 +19,7 @@ from .quantization import SkyworkInt8Config
 GOLDEN_LOGITS_TOLERANCE = 2e-5  # two correct float32 implementations were seen to differ by 1e-5
 NEW_TOKENS = 24
 CONTEXT_TOKENS = 64
-PROMPTS = ("法国的首都是", "The capital of Japan is", "三加四等于", "7 + 8 =", "熟能生", "Practice makes")
+PROMPTS = ("法国的首都叫", "The capital of Japan is", "七加十三等于", "9 + 13 =", "熟能生", "Practice makes")
 
 
 def tiny_checkpoint() -> Path:
