@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 
 import pytest
+import sentences as examples
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+DATA = Path(__file__).parents[1] / "examples" / "data"
 NUMBERS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty thirty forty"
@@ -17,18 +17,8 @@ NUMBERS = (
 ENGLISH = dict(zip(NUMBERS.split(), [*range(21), 30, 40], strict=True))
 
 
-def _sentences_module():
-    spec = importlib.util.spec_from_file_location("examples_sentences", EXAMPLES / "sentences.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-examples = _sentences_module()
-
-
 def rows(name):
-    return [json.loads(line) for line in (EXAMPLES / "data" / name).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +111,7 @@ def test_proverbs_are_short():
 
 
 def test_instructions_have_their_fields():
-    lines = (EXAMPLES / "data" / "instructions.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (DATA / "instructions.jsonl").read_text(encoding="utf-8").splitlines()
     instructions = rows("instructions.jsonl")
     assert len(instructions) == len({(row["instruction"], row["input"]) for row in instructions}) == 160
     assert max(map(len, lines)) < 120

@@ -9,7 +9,8 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
+from dataclasses import dataclass
+from functools import partial, wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
 from transformers.testing_utils import CaptureLogger
 from transformers.trainer_callback import TrainerState
+from transformers.utils import ModelOutput
 
 import skywork_hf
 from skywork_hf import AdaptiveAuxLossCallback, SkyworkForCausalLM, SkyworkMoeForCausalLM
@@ -557,6 +559,18 @@ def test_a_step_without_targets_leaves_no_nan(tmp_path):
     model = model_of()
     trainer_of(model, tmp_path, data, max_steps=2).train()
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_trainer_that_replaces_the_models_forward(tmp_path):
+    @dataclass
+    class Fused(ModelOutput):  # TRL's SFTTrainer returns such a one
+        loss: torch.Tensor | None = None
+
+    model = model_of()
+    forward = model.forward
+    model.forward = wraps(forward)(lambda **inputs: Fused(loss=forward(**inputs).loss))
+    with pytest.raises(ValueError, match=r"replaced by one that computes another loss \(Fused, as TRL"):
+        trainer_of(model, tmp_path, rows(4), max_steps=1).train()
 
 
 def test_one_process_with_several_gpus():

@@ -57,7 +57,7 @@ class AdaptiveAuxLossCallback(TrainerCallback, ExportableState):
     Raises, when training begins:
         ValueError: the model is no Skywork-MoE with a language-model head, one process would train on several GPUs
             (nn.DataParallel), the Trainer smooths labels, so that the model computes no loss, or a resumed checkpoint
-            is of another number of layers.
+            is of another number of layers; in the first step, that something replaced the model's loss.
     """
 
     def __init__(self) -> None:
@@ -110,6 +110,12 @@ class AdaptiveAuxLossCallback(TrainerCallback, ExportableState):
         self._model.aux_loss_coefficients = torch.tensor(self.coefficients, device=self._model.device)
 
     def _observe(self, model: Any, args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
+        if not hasattr(outputs, "router_logits"):
+            raise ValueError(
+                f"The model's forward was replaced by one that computes another loss ({type(outputs).__name__}, as "
+                "TRL's SFTTrainer does), which knows no coefficients by layer: train with transformers' Trainer, or "
+                "leave AdaptiveAuxLossCallback out."
+            )
         if not model.training or outputs.router_logits is None:
             return
         if outputs.loss is None:
