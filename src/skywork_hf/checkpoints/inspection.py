@@ -343,7 +343,7 @@ class _Contents:
     ) -> None:
         self.stored = stored
         self.quantization = quantization
-        self.names_of = layout
+        self.layout_name = layout
         self.is_base_model = is_base_model(stored)
         self.expected = {self._as_in_files(name): shape for name, shape in hub_shapes.items()}
         self.declared = _declared_storage(quantization)
@@ -351,7 +351,7 @@ class _Contents:
         self.beside = set(self._names_beside_weights())
 
     def _as_in_files(self, name: str) -> str:
-        if self.names_of == TRAINING:
+        if self.layout_name == TRAINING:
             name = to_training(name)
         return name.removeprefix("model.") if self.is_base_model else name
 
@@ -402,7 +402,7 @@ class _Contents:
         return part_named(name)
 
     def layout(self) -> str:
-        kind = _LAYOUTS[self.names_of]
+        kind = _LAYOUTS[self.layout_name]
         if self.is_base_model:
             kind += ", base model (no `model.` before the names)"
         dtypes = sorted({self._stored_as(name) for name in self.expected if name in self.stored})
