@@ -118,13 +118,14 @@ def test_a_dense_checkpoint_is_a_llama(tmp_path):
     program = (
         "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "ids = AutoTokenizer.from_pretrained(sys.argv[1])('a b').input_ids\n"
-        "print(type(model).__name__, ids, 'skywork_hf' in sys.modules)"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "ids = tokenizer('a b').input_ids\n"
+        "print(type(model).__name__, ids, tokenizer.padding_side, 'skywork_hf' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=True)
     ids = AutoTokenizer.from_pretrained(checkpoint(DENSE))("a b").input_ids
-    assert run.stdout.split("\n")[0] == f"LlamaForCausalLM {ids} False"
-    with pytest.raises(ValueError, match="Only a dense checkpoint"):
+    assert run.stdout.split("\n")[0] == f"LlamaForCausalLM {ids} left False"
+    with pytest.raises(ValueError, match="only a dense checkpoint"):
         convert_checkpoint(checkpoint(MOE), tmp_path / "moe-llama", to="llama")
 
 
@@ -640,6 +641,41 @@ def test_resuming_what_is_finished_changes_nothing(tmp_path):
         convert_checkpoint(tmp_path / "source", folder, dtype="float16", resume=True)
 
 
+def test_a_result_is_finished_only_if_it_is_whole_and_as_verified_as_asked_for(tmp_path):
+    saved(tmp_path / "source")
+    shutil.copy(checkpoint(DENSE) / "tokenizer.model", tmp_path / "source")
+    convert = partial(convert_checkpoint, tmp_path / "source", max_shard_size="20KB", resume=True)
+    unverified = convert(tmp_path / "unverified", verify=False)
+    assert convert(unverified, verify=False) == unverified
+    with pytest.raises(ValueError, match="is there already"):
+        convert(unverified)
+    lacking = convert(tmp_path / "lacking")
+    min(lacking.glob("*.safetensors")).unlink()
+    with pytest.raises(ValueError, match="is there already"):
+        convert(lacking)
+    older = convert(tmp_path / "older")
+    os.utime(tmp_path / "source" / "tokenizer.model", (1, 1))
+    with pytest.raises(ValueError, match="is there already"):
+        convert(older)
+
+
+def test_damaged_notes_are_made_anew(tmp_path, monkeypatch):
+    saved(tmp_path / "source")
+    stopped_after(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(tmp_path / "source", tmp_path / "hub", max_shard_size="20KB")
+    monkeypatch.undo()
+    min((tmp_path / "hub.unfinished" / "notes").iterdir()).write_text("[[")
+    convert_checkpoint(tmp_path / "source", tmp_path / "hub", max_shard_size="20KB", resume=True)
+    assert compare_checkpoints(tmp_path / "source", tmp_path / "hub").is_equal
+
+
+@pytest.mark.parametrize("destination", [".", "..", "/"])
+def test_a_destination_needs_a_name(destination):
+    with pytest.raises(ValueError, match="cannot be made: expected the name of a new folder"):
+        convert_checkpoint(checkpoint(DENSE), destination)
+
+
 def test_resuming_with_another_seed_or_noise_is_refused(tmp_path, monkeypatch):
     saved(tmp_path / "dense")
     upcycled = partial(upcycle_checkpoint, tmp_path / "dense", tmp_path / "moe", 4, max_shard_size="40KB")
@@ -764,7 +800,7 @@ def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatc
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(100, 100, 2**20))
     with pytest.raises(OSError, match=r"has 0\.0009766 GiB free and 0\.00497\d* GiB are still to be written"):
         convert_checkpoint(checkpoint(MOE), tmp_path / "hub")
-    assert not (tmp_path / "hub").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_shard_that_is_written_again_needs_its_room_once(tmp_path, monkeypatch):

@@ -257,7 +257,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
 def _upcycle(arguments: argparse.Namespace) -> None:
     from .checkpoints.convert import upcycle_checkpoint
 
-    if arguments.layers != "every" and not arguments.layers.isdigit():
+    if arguments.layers != "every" and not arguments.layers.isdecimal():
         raise ValueError(f"--layers {arguments.layers}: expected every, or a number N for every Nth layer.")
     done = upcycle_checkpoint(
         **_written(arguments),

@@ -29,12 +29,14 @@ class Beside:
     config: what is to be written as `config.json`.
     carried: files that are copied as they are.
     tokenizer: the source's, if it has one.
+    sources: the files that all but the config is made of.
     """
 
     to: str
     config: Any
     carried: tuple[Path, ...]
     tokenizer: SkyworkTokenizer | None
+    sources: tuple[Path, ...]
 
     def write(self, folder: Path) -> None:
         """Write it all, with a `tokenizer.json`, which every program reads."""
@@ -49,6 +51,7 @@ class Beside:
             file = folder / "tokenizer_config.json"
             content = json.loads(file.read_text(encoding="utf-8"))
             content["tokenizer_class"] = "PreTrainedTokenizerFast"
+            content["padding_side"] = self.tokenizer.padding_side  # a default of our class, and not of that one
             write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -57,10 +60,16 @@ def read_beside(source: Source, to: str) -> Beside:
     Raises:
         ValueError: a file is damaged; names it.
     """
-    carried = [source.folder / name for name in _CARRIED if (source.folder / name).is_file()]
+    carried = _files_in(source.folder, _CARRIED)
     if source.folder / _GENERATION_CONFIG in carried:
         _check_generation_config(source.folder / _GENERATION_CONFIG)
-    return Beside(to, _target_config(source, to), tuple(carried), _read_tokenizer(source.tokenizer or source.folder))
+    folder = source.tokenizer or source.folder
+    sources = (*carried, *_files_in(folder, (*TOKENIZER_FILES, *_TOKENIZER_JSONS, "chat_template.jinja")))
+    return Beside(to, _target_config(source, to), carried, _read_tokenizer(folder), tuple(dict.fromkeys(sources)))
+
+
+def _files_in(folder: Path, names: tuple[str, ...]) -> tuple[Path, ...]:
+    return tuple(folder / name for name in names if (folder / name).is_file())
 
 
 def _target_config(source: Source, to: str) -> Any:
@@ -81,10 +90,10 @@ def _check_generation_config(file: Path) -> None:
 
 
 def _read_tokenizer(folder: Path) -> SkyworkTokenizer | None:
-    main = next((folder / name for name in reversed(TOKENIZER_FILES) if (folder / name).is_file()), None)
+    main = next(reversed(_files_in(folder, TOKENIZER_FILES)), None)
     if main is None:
         return None
-    for file in (folder / name for name in _TOKENIZER_JSONS if (folder / name).is_file()):
+    for file in _files_in(folder, _TOKENIZER_JSONS):
         try:
             json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..configuration_skywork import SkyworkMoeConfig
 from ..headers import StoredTensor
 from .adapters import merge_adapter
-from .beside import read_beside
+from .beside import Beside, read_beside
 from .inspection import CONFIG_FILE, read_config
 from .layouts import HUB, LLAMA, MEGATRON, TRAINING, to_training
 from .readers import Reader
@@ -138,41 +138,46 @@ def write_checkpoint(
     if to not in TARGETS:
         raise ValueError(f"`to`={to!r}: expected one of {', '.join(TARGETS)}.")
     if to == LLAMA and (isinstance(source.config, SkyworkMoeConfig) or is_quantized(source)):
-        raise ValueError("Only a dense checkpoint in 16 or 32 bit is a Llama.")
+        raise ValueError(
+            f"{source.folder} has experts or is quantised: only a dense checkpoint in 16 or 32 bit is a Llama (--to)."
+        )
+    if destination.name in ("", ".."):
+        raise ValueError(f"{destination} cannot be made: expected the name of a new folder.")
     if to == TRAINING:
         source = replace(source, recipes=[recipe.renamed(to_training) for recipe in source.recipes])
+    beside = read_beside(source, to)
     shards = split_into_shards(source.recipes, bytes_of(max_shard_size))
-    unfinished = Unfinished(destination, _fingerprint(source, shards, to))
-    if resume and unfinished.is_finished():
+    unfinished = Unfinished(destination, _fingerprint(source, beside, shards, to))
+    if resume and unfinished.is_finished(verify):
         unfinished.clean_up()
         return destination
     if os.path.lexists(destination):
         raise ValueError(f"{destination} is there already: choose another name, or remove it.")
     _refuse_sources_below(unfinished.folder, source)
-    beside = read_beside(source, to)
     unfinished.begin(resume)
     _check_space(unfinished, shards)
     try:
         checksums = _write_shards(unfinished, shards)
         beside.write(unfinished.result)
         _write_index(unfinished.result, shards)
-        _write_manifest(source, unfinished, shards, checksums, to)
+        if verify:
+            _verify(unfinished, shards)
+        _write_manifest(source, unfinished, shards, checksums, to, verify)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise OSError(
                 f"The disk of {unfinished.folder} is full: make room and go on with `resume`, or remove that folder."
             ) from error
         raise
-    if verify:
-        _verify(unfinished, shards)
     unfinished.finish()
     return destination
 
 
-def _fingerprint(source: Source, shards: list[list[Recipe]], to: str) -> str:
+def _fingerprint(source: Source, beside: Beside, shards: list[list[Recipe]], to: str) -> str:
     """What an interrupted conversion must have in common with the one that goes on with it."""
     products = [[(p.name, str(p.dtype), p.shape) for r in shard for p in r.products] for shard in shards]
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in _source_files(source)]
+    files = (*_source_files(source), *beside.sources)
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     content = json.dumps([to, products, stats, source.config.to_json_string(), source.changes])
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -198,6 +203,7 @@ def _check_space(unfinished: Unfinished, shards: list[list[Recipe]]) -> None:
     )
     free = shutil.disk_usage(unfinished.folder).free
     if to_write + _SPARE_BYTES > free:
+        unfinished.remove_if_nothing_is_written()
         raise OSError(
             f"The disk of {unfinished.folder.parent} has {free / 2**30:.4g} GiB free and {to_write / 2**30:.4g} GiB "
             f"are still to be written, with {_SPARE_BYTES / 2**30:.4g} GiB to spare for what lies beside the weights: "
@@ -218,12 +224,12 @@ def _write_shards(unfinished: Unfinished, shards: list[list[Recipe]]) -> list[li
             notes = unfinished.read_notes(name)
             if notes is not None:
                 bar.update(sum(product.nbytes for recipe in recipes for product in recipe.products))
-                checksums.append(json.loads(notes))
+                checksums.append(notes)
                 continue
             checksums.append(write_shard(unfinished.result / name, recipes, reader, bar.update))
             if finishing is not None:
                 finishing.result()
-            unfinished.write_notes(name, json.dumps(checksums[-1]))
+            unfinished.write_notes(name, checksums[-1])
             finishing = finisher.submit(finish_shard, unfinished.result / name)
         if finishing is not None:
             finishing.result()
@@ -282,11 +288,17 @@ def _write_index(folder: Path, shards: list[list[Recipe]]) -> None:
 
 
 def _write_manifest(
-    source: Source, unfinished: Unfinished, shards: list[list[Recipe]], checksums: list[list[list[str]]], to: str
+    source: Source,
+    unfinished: Unfinished,
+    shards: list[list[Recipe]],
+    checksums: list[list[list[str]]],
+    to: str,
+    verified: bool,
 ) -> None:
     manifest = {
         "source": {"layout": source.layout},
         "layout": to,
+        "verified": verified,
         "changes": source.changes,
         "tensors": _manifest_entries(source.folder, shards, checksums),
         "ignored": [_manifest_source(source.folder, tensor) for tensor in source.ignored],

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from .writer import part_of, sync, write_text
 
@@ -33,11 +34,14 @@ class Unfinished:
         self._notes = self.folder / _NOTES
         self._state = self.folder / _FINGERPRINT
 
-    def is_finished(self) -> bool:
-        """Whether `DST` is what an equal conversion has written."""
+    def is_finished(self, verified: bool) -> bool:
+        """Whether `DST` is, whole, what an equal conversion has written, and `verified` if that is asked for."""
         try:
             manifest = json.loads((self.destination / MANIFEST).read_text(encoding="utf-8"))
-            return bool(manifest["fingerprint"] == self.fingerprint)
+            files = {product["file"] for entry in manifest["tensors"] for product in entry["products"]}
+            enough = manifest["verified"] or not verified
+            equal = manifest["fingerprint"] == self.fingerprint
+            return bool(equal and enough and all((self.destination / file).is_file() for file in files))
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -94,19 +98,28 @@ class Unfinished:
                 "written to."
             ) from error
 
-    def write_notes(self, shard: str, text: str) -> None:
+    def write_notes(self, shard: str, notes: Any) -> None:
         """Keep what is to be known of a shard, which is not begun anew once both are there."""
-        write_text(self._notes_of(shard), text)
+        write_text(self._notes_of(shard), json.dumps(notes))
 
-    def read_notes(self, shard: str) -> str | None:
+    def read_notes(self, shard: str) -> Any:
         """The notes of a whole shard, or None where it is still to be written."""
-        whole = (self.result / shard).is_file() and self._notes_of(shard).is_file()
-        return self._notes_of(shard).read_text(encoding="utf-8") if whole else None
+        if not ((self.result / shard).is_file() and self._notes_of(shard).is_file()):
+            return None
+        try:
+            return json.loads(self._notes_of(shard).read_text(encoding="utf-8"))
+        except ValueError:  # damaged
+            return None
 
     def drop(self, shard: str) -> None:
         """Have a shard written again."""
         self._notes_of(shard).unlink(missing_ok=True)
         (self.result / shard).unlink(missing_ok=True)
+
+    def remove_if_nothing_is_written(self) -> None:
+        """Leave no folder behind that holds no shard."""
+        if not any(self._notes.iterdir()):
+            self._remove()
 
     def _notes_of(self, shard: str) -> Path:
         return self._notes / f"{shard}.json"
