@@ -237,7 +237,7 @@ def read_tensors(tensors: list[StoredTensor]) -> dict[str, torch.Tensor]:
     return values
 
 
-def refuse_quantized(stored: dict[str, StoredTensor]) -> None:
+def refuse_undeclared_quantization(stored: dict[str, StoredTensor]) -> None:
     """Check the tensors of a checkpoint whose config says nothing of quantisation.
 
     Raises:

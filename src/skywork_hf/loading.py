@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedModel
 
-from .headers import read_headers, refuse_quantized
+from .headers import read_headers, refuse_undeclared_quantization
 
 
 class SkyworkLoadingMixin(PreTrainedModel):
@@ -33,7 +33,8 @@ class SkyworkLoadingMixin(PreTrainedModel):
         model: Any, state_dict: Any, checkpoint_files: list[str] | None, load_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
         if load_config.hf_quantizer is None and state_dict is None and checkpoint_files:
-            refuse_quantized(read_headers([file for file in checkpoint_files if file.endswith(".safetensors")]))
+            files = [file for file in checkpoint_files if file.endswith(".safetensors")]
+            refuse_undeclared_quantization(read_headers(files))
         loaded = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )

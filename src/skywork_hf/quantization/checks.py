@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..headers import PLAIN_DTYPES, StoredTensor, read_tensors, refuse_quantized
+from ..headers import PLAIN_DTYPES, StoredTensor, read_tensors, refuse_undeclared_quantization
 from .kernels import FP8
 
 # Skywork-MoE-Base-FP8's name, and that of newer files of the same format.
@@ -22,7 +22,7 @@ def check_plain(stored: dict[str, StoredTensor], module: str) -> None:
         ValueError: it is missing or quantised already.
     """
     weight = _get(stored, f"{module}.weight")
-    refuse_quantized({weight.name: weight})
+    refuse_undeclared_quantization({weight.name: weight})
 
 
 def check_fp8(stored: dict[str, StoredTensor], module: str, static: bool) -> list[StoredTensor]:
