@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_dense_config, tiny_moe_config
+from tiny import checkpoint, tiny_dense_config, tiny_moe_config
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from skywork_hf import SkyworkForCausalLM, SkyworkMoeForCausalLM
@@ -166,3 +166,82 @@ def test_weights_whose_scale_is_unknown_are_refused(pair):
     change(pair[1], lambda tensor: tensor.int())
     with pytest.raises(ValueError, match=f"`{V_PROJ}` in {pair[1]} is stored as torch.int32, without a scale"):
         compare_checkpoints(*pair)
+
+
+# --- quantised activations
+
+
+@pytest.fixture
+def fp8_pair(tmp_path) -> tuple[Path, Path]:
+    """Two equal checkpoints in static FP8."""
+    for name in ("a", "b"):
+        shutil.copytree(checkpoint("skywork-moe-tiny-fp8"), tmp_path / name)
+    return tmp_path / "a", tmp_path / "b"
+
+
+def rewrite(folder: Path, edit: Any) -> None:
+    """Let `edit` say of every tensor, by its name, its new name and its value."""
+    renamed = {}
+    for file in folder.glob("model-*.safetensors"):
+        tensors = dict(edit(name, tensor) for name, tensor in load_file(file).items())
+        save_file(tensors, file, metadata={"format": "pt"})
+        renamed |= dict.fromkeys(tensors, file.name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": renamed}))
+
+
+def times_100(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+    return name, tensor * 100 if name.endswith("act_scale") else tensor
+
+
+def set_scheme(folder: Path, **scheme: Any) -> None:
+    edit_config(folder, quantization_config={"quant_method": "fp8", **scheme})
+
+
+def test_scales_of_activations_are_compared(fp8_pair):
+    assert errors(*fp8_pair)["activation scales"] == 0
+    assert compare_checkpoints(*fp8_pair).is_equal
+    rewrite(fp8_pair[1], times_100)
+    assert errors(*fp8_pair)["activation scales"] == pytest.approx(99)
+    rewrite(fp8_pair[1], lambda name, tensor: (name.replace("act_scale", "input_scale"), tensor))
+    assert errors(*fp8_pair)["activation scales"] == pytest.approx(99)
+
+
+def test_both_spellings_of_scales_of_activations_are_the_same(fp8_pair):
+    def newer(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+        is_scale = name.endswith("act_scale")
+        return name.replace("act_scale", "input_scale"), tensor.reshape(1) if is_scale else tensor
+
+    rewrite(fp8_pair[1], newer)
+    comparison = compare_checkpoints(*fp8_pair)
+    assert comparison.is_equal
+    assert "activation scales" in {difference.part for difference in comparison.differences}
+
+
+def test_scales_of_activations_that_no_model_uses_are_no_difference(fp8_pair):
+    rewrite(fp8_pair[1], times_100)
+    for folder in fp8_pair:
+        set_scheme(folder, activation_scheme="dynamic")
+    assert compare_checkpoints(*fp8_pair).is_equal
+
+
+def test_other_ways_to_quantise_activations_are_a_difference(fp8_pair, capsys):
+    set_scheme(fp8_pair[1], activation_scheme="dynamic")
+    assert list(compare_checkpoints(*fp8_pair).fields) == ["quantization_config"]
+    with pytest.raises(SystemExit):
+        main(["verify", *map(str, fp8_pair)])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("config:")]
+    assert "`quantization_config` is static activation scheme" in line
+    assert "and dynamic activation scheme" in line
+    set_scheme(fp8_pair[0], activation_scheme="dynamic", weight_only=True)
+    assert compare_checkpoints(*fp8_pair).fields["quantization_config"][0] == "weight-only"
+    set_scheme(fp8_pair[1], activation_scheme="none")  # another way to say it
+    assert compare_checkpoints(*fp8_pair).is_equal
+
+
+def test_int8_that_quantises_activations_and_int8_that_does_not(tmp_path):
+    SkyworkForCausalLM(tiny_dense_config()).save_pretrained(tmp_path / "plain")
+    pair = [convert_checkpoint(tmp_path / "plain", tmp_path / name, quantization="int8") for name in "ab"]
+    assert compare_checkpoints(*pair).is_equal
+    for said, same in ((True, True), (False, False)):
+        edit_config(pair[1], quantization_config={"quant_method": "skywork_int8", "quantize_activations": said})
+        assert compare_checkpoints(*pair).is_equal == same

@@ -12,6 +12,8 @@ from tqdm.auto import tqdm
 
 from ..headers import PLAIN_DTYPES
 from ..quantization import kernels
+from ..quantization.checks import INPUT_SCALE_NAMES
+from .inspection import activations_text, is_static
 from .layouts import part_named
 from .readers import Reader
 from .recipes import Source
@@ -20,9 +22,10 @@ from .sources import read_source
 # Where the scales of a quantised weight lie beside it, and what they are multiplied by.
 _SCALES = {"weight_scale": 1.0, "SCB": 1 / kernels.INT8_MAX}
 _BESIDE = ("_scale", ".SCB", ".weight_format")
+_ACTIVATION_SCALES = "activation scales"
 _FOUR_BITS = ".quant_state.bitsandbytes__"
 # Fields of a config that change what is computed and no shape.
-_COMPUTED = (
+_FIELDS_COMPARED = (
     "num_attention_heads",
     "num_key_value_heads",
     "hidden_act",
@@ -55,7 +58,8 @@ class CheckpointComparison:
     differences: by part of the model.
     only_in_first: names of tensors, as the Hub has them.
     only_in_second: the same.
-    fields: fields of the configs that change what is computed and differ, with both values.
+    fields: fields of the configs that change what is computed and differ, with both values; of `quantization_config`
+        what becomes of activations, where the weights are stored alike.
     """
 
     differences: list[Difference]
@@ -82,7 +86,8 @@ class CheckpointComparison:
 
 
 def compare_checkpoints(first: str | Path, second: str | Path) -> CheckpointComparison:
-    """Compare tensor by tensor under the Hub's names, quantised weights by their real values, and the configs.
+    """Compare tensor by tensor under the Hub's names, quantised weights by their real values, scales of activations
+    where both models use them, and the configs.
 
     Raises:
         ValueError: one is not whole, or quantised in a way that is not read; or a tensor has another shape in the
@@ -91,12 +96,14 @@ def compare_checkpoints(first: str | Path, second: str | Path) -> CheckpointComp
     sources = [read_source(Path(folder)) for folder in (first, second)]
     tensors = [_Tensors(source) for source in sources]
     names = [set(one.names) for one in tensors]
+    compared = [*tensors[0].names, *tensors[0].activation_scales]
+    others = names[1].union(tensors[1].activation_scales)
     worst: dict[str, Difference] = {}
-    for name in tqdm([name for name in tensors[0].names if name in names[1]], desc="Comparing", unit="tensor"):
+    for name in tqdm([name for name in compared if name in others], desc="Comparing", unit="tensor"):
         a, b = (one.value(name) for one in tensors)
         if a.shape != b.shape:
             raise ValueError(f"`{name}` is {list(a.shape)} in {first} and {list(b.shape)} in {second}.")
-        part = part_named(name)
+        part = _ACTIVATION_SCALES if name in tensors[0].activation_scales else part_named(name)
         before = worst.get(part, Difference(part, 0, -1.0, name))
         error, of = max((before.error, before.name), (_relative_error(a, b), name))
         worst[part] = Difference(part, before.tensors + 1, error, of)
@@ -118,12 +125,25 @@ def _relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _differing_fields(first: Any, second: Any) -> dict[str, tuple[Any, Any]]:
-    pairs = {field: (getattr(first, field, None), getattr(second, field, None)) for field in _COMPUTED}
+    pairs = {field: (getattr(first, field, None), getattr(second, field, None)) for field in _FIELDS_COMPARED}
+    schemes = [activations_text(_quantization(config)) for config in (first, second)]
+    if schemes[0] and schemes[1] and schemes[0][0] == schemes[1][0]:
+        pairs["quantization_config"] = (schemes[0][1], schemes[1][1])
     return {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}
 
 
+def _quantization(config: Any) -> dict[str, Any]:
+    return getattr(config, "quantization_config", None) or {}
+
+
 class _Tensors:
-    """The real values of a checkpoint's tensors by their Hub names."""
+    """The real values of a checkpoint's tensors by their Hub names.
+
+    Attributes:
+        names: those of the model's own.
+        activation_scales: the names of static scales of activations, in the newer of their spellings, with those that
+            they are stored under; empty where the model does not use them.
+    """
 
     def __init__(self, source: Source) -> None:
         self._reader = Reader()
@@ -134,9 +154,21 @@ class _Tensors:
                 f"{source.folder} is in bitsandbytes' 4 bits, which are not compared: take the 16-bit one."
             )
         self.names = [name for name in self._recipes if not name.endswith(_BESIDE)]
+        self.activation_scales = self._activation_scales() if is_static(_quantization(source.config)) else {}
+
+    def _activation_scales(self) -> dict[str, str]:
+        first = INPUT_SCALE_NAMES[0]
+        return {
+            f"{name.removesuffix(end)}{first}": name
+            for end in reversed(INPUT_SCALE_NAMES)  # the first counts where both are there
+            for name in self._recipes
+            if name.endswith(f".{end}")
+        }
 
     def value(self, name: str) -> torch.Tensor:
         """In float32, or in float64 where it is stored so."""
+        if name in self.activation_scales:
+            return self._stored(self.activation_scales[name]).float().reshape(())  # older files have [1]
         value = self._stored(name)
         if value.dtype in PLAIN_DTYPES:
             return value if value.dtype == torch.float64 else value.float()

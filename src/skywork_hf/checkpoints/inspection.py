@@ -230,7 +230,7 @@ def read_config(file: Path, training: bool = False) -> SkyworkConfig | SkyworkMo
         ValueError: it is not there, not JSON, not Skywork's, or describes no model. Names the file.
     """
     raw = _read_raw_config(file)
-    with _naming(file):
+    with naming(file):
         return config_of(raw, training)
 
 
@@ -247,8 +247,8 @@ def _read_raw_config(file: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _naming(file: Path) -> Iterator[None]:
-    """Name the config in whatever is raised: there are as many kinds as there are values that no model is made of."""
+def naming(file: Path) -> Iterator[None]:
+    """Name the file in whatever is raised: there are as many kinds as there are values that no model is made of."""
     try:
         yield
     except Exception as error:
@@ -277,7 +277,7 @@ def _model_of(file: Path, raw: dict[str, Any], training: bool) -> tuple[Any, dic
     """The config, and name and shape of every tensor of the model that it describes, under the Hub's names."""
     # Quantised modules need the methods' own libraries; what lies beside a weight is added where it is looked for.
     plain = {key: value for key, value in raw.items() if key != "quantization_config"}
-    with _naming(file):
+    with naming(file):
         config = config_of(plain, training)
         return config, hub_shapes(config)
 
@@ -486,6 +486,22 @@ class _Contents:
                 yield part if plain == names else f"{part} ({len(plain)} of {len(names)} tensors)"
 
 
+def activations_text(quantization: dict[str, Any]) -> tuple[str, str] | None:
+    """How weights are stored, and what becomes of activations, as a `quantization_config` says; None where it is of
+    a method that is not known here, or of one that leaves activations as they are."""
+    declared = _declared_storage(quantization)
+    if declared is _INT8:
+        return declared.name, _int8_activations(quantization)
+    if declared is _BITSANDBYTES_8:
+        return declared.name, _bitsandbytes_activations(quantization)
+    return (declared.name, _fp8_activations(quantization)) if declared in (_FP8, _STATIC_FP8) else None
+
+
+def is_static(quantization: dict[str, Any]) -> bool:
+    """Whether activations are quantised with scales from the files."""
+    return _declared_storage(quantization) is _STATIC_FP8
+
+
 def _declared_storage(quantization: dict[str, Any]) -> _Storage | None:
     method = quantization.get("quant_method")
     if method in ("fp8", FP8_METHOD) and not quantization.get("weight_block_size"):
@@ -510,11 +526,8 @@ def _method_text(quantization: dict[str, Any], declared: _Storage | None) -> str
     if declared is _INT8:
         return f"int8, one scale for each row of a weight; {_int8_activations(quantization)}."
     if declared is _BITSANDBYTES_8:
-        threshold = quantization.get("llm_int8_threshold", 6.0)
-        return (
-            "bitsandbytes LLM.int8(), one scale for each row of a weight; activations are quantised too, but for "
-            f"outliers above {threshold}."
-        )
+        activations = _bitsandbytes_activations(quantization)
+        return f"bitsandbytes LLM.int8(), one scale for each row of a weight; {activations}."
     if declared is _BITSANDBYTES_4:
         kind = quantization.get("bnb_4bit_quant_type", "fp4")
         nested = " with quantised scales" if quantization.get("bnb_4bit_use_double_quant") else ""
@@ -526,6 +539,10 @@ def _int8_activations(quantization: dict[str, Any]) -> str:
     if quantization.get("quantize_activations") is False:
         return "weight-only"
     return "activations are quantised where that is faster"
+
+
+def _bitsandbytes_activations(quantization: dict[str, Any]) -> str:
+    return f"activations are quantised too, but for outliers above {quantization.get('llm_int8_threshold', 6.0)}"
 
 
 def _fp8_activations(quantization: dict[str, Any]) -> str:
