@@ -702,18 +702,150 @@ def test_old_versions(version, tmp_path):
 def test_arguments_that_say_too_little(tmp_path):
     config, tensors, _ = moe()
     Writer(tensors, config, args={"vocab_size": None, "moe_router_topk": None}).write(tmp_path)
-    refused(tmp_path, "lack vocab_size, moe_router_topk", "config.json")
+    refused(tmp_path, "lack vocab_size, moe_router_topk", "beside the folders", "--config")
     assert_bits(read_megatron(tmp_path, config), tensors)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("apply_layernorm_1p", True), ("rotary_percent", 0.5), ("rotary_interleaved", True), ("use_rope_scaling", True)],
+    [
+        ("apply_layernorm_1p", True),
+        ("apply_residual_connection_post_layernorm", True),
+        ("glu_linear_offset", 1.0),
+        ("no_rope_freq", 4),
+        ("no_rope_freq", [0, 1]),
+        ("normalization", "LayerNorm"),
+        ("position_embedding_type", "yarn"),
+        ("qk_l2_norm", True),
+        ("quick_geglu", True),
+        ("rotary_base_per_layer", [1e4, 1e6]),
+        ("rotary_interleaved", True),
+        ("rotary_percent", 0.5),
+        ("softmax_scale", 0.1),
+        ("softmax_type", "off-by-one"),
+        ("squared_relu", True),
+        ("swiglu", False),
+        ("use_mup", True),
+        ("use_rope_scaling", True),
+        ("window_size", (16, 0)),
+    ],
 )
 def test_runs_that_compute_something_else(name, value, tmp_path):
     config, tensors, _ = dense()
     Writer(tensors, config, args={name: value}).write(tmp_path)
-    refused(tmp_path, f"trained with {name}={value!r}", config=config)
+    for passed in (config, None):
+        refused(tmp_path, "model_optim_rng.pt was trained with", f"{name}={value!r}", config=passed)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("activation_func_clamp_value", 7.0),
+        ("moe_apply_probs_on_input", True),
+        ("moe_router_group_topk", 2),
+        ("moe_router_load_balancing_type", "sinkhorn"),
+        ("moe_router_load_balancing_type", ["aux_loss", "sinkhorn"]),
+        ("moe_router_pre_softmax", True),
+        ("moe_router_score_function", "sigmoid"),
+        ("moe_router_topk_limited_devices", 2),
+        ("moe_router_topk_scaling_factor", 2.5),
+    ],
+)
+def test_gates_that_compute_something_else(name, value, tmp_path):
+    config, tensors, _ = moe()
+    Writer(tensors, config, args={name: value}).write(tmp_path / "moe")
+    for passed in (config, None):
+        refused(tmp_path / "moe", "model_optim_rng.pt was trained with", f"{name}={value!r}", config=passed)
+    config, tensors, _ = dense()
+    Writer(tensors, config, args={name: value}).write(tmp_path / "dense")
+    assert_bits(read_megatron(tmp_path / "dense"), tensors)
+
+
+def test_arguments_that_say_what_skywork_computes(tmp_path):
+    config, tensors, _ = moe()
+    args = {
+        "activation_func_clamp_value": None,
+        "apply_residual_connection_post_layernorm": False,
+        "moe_apply_probs_on_input": False,
+        "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"],
+        "moe_router_pre_softmax": False,
+        "moe_router_score_function": "softmax",
+        "moe_router_topk_scaling_factor": 1,
+        "no_rope_freq": [0, 0],
+        "rotary_seq_len_interpolation_factor": 1,
+        "window_size": (-1, 0),
+    }
+    Writer(tensors, config, args=args).write(tmp_path)
+    for passed in (config, None):
+        source = read_megatron(tmp_path, passed)
+        assert source.config.rope_parameters == config.rope_parameters
+        assert_bits(source, tensors)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("rms_norm_eps", 1e-3, "1e-06"),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 5e5}, "'rope_theta': 10000.0"),
+        ("rope_parameters", {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}, "'rope_theta': 10000.0"),
+        ("max_position_embeddings", 32, "64"),
+        ("hidden_act", "gelu", "silu"),
+        ("num_experts_per_tok", 1, "2"),
+    ],
+)
+def test_a_config_that_contradicts_the_arguments(field, value, said, tmp_path):
+    config, tensors, _ = moe()
+    Writer(tensors, config).write(tmp_path)
+    other = tiny_moe_config(**{field: value})
+    refused(tmp_path, f"The config's `{field}` is {getattr(other, field)}", "model_optim_rng.pt", said, config=other)
+    other.to_json_file(tmp_path / "config.json")
+    with pytest.raises(ValueError, match=f"The config's `{field}` is "):
+        convert_checkpoint(tmp_path, tmp_path / "result")
+
+
+def test_a_config_says_what_the_arguments_do_not_and_may_have_more_positions(tmp_path):
+    config, tensors, _ = moe()
+    silent = ("norm_epsilon", "rotary_base", "swiglu", "max_position_embeddings", "moe_router_topk")
+    Writer(tensors, config, args=dict.fromkeys(silent)).write(tmp_path / "silent")
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    other = tiny_moe_config(rms_norm_eps=1e-3, rope_parameters=rope, max_position_embeddings=32, num_experts_per_tok=1)
+    made = read_megatron(tmp_path / "silent", other).config
+    assert (made.rms_norm_eps, made.rope_parameters, made.num_experts_per_tok) == (1e-3, rope, 1)
+    Writer(tensors, config).write(tmp_path / "run")
+    source = read_megatron(tmp_path / "run", tiny_moe_config(max_position_embeddings=4096, hidden_act="swish"))
+    assert source.config.max_position_embeddings == 4096
+    assert_bits(source, tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hidden_size", 0),
+        ("num_attention_heads", 0),
+        ("num_layers", 2.0),
+        ("num_query_groups", True),
+        ("norm_epsilon", "x"),
+        ("rotary_base", "x"),
+        ("rotary_base", float("nan")),
+        ("tensor_model_parallel_size", "2"),
+        ("tensor_model_parallel_size", 0),
+        ("pipeline_model_parallel_size", -1),
+    ],
+)
+def test_arguments_that_are_no_numbers_of_a_model(name, value, tmp_path):
+    config, tensors, _ = dense()
+    iteration = Writer(tensors, config).write(tmp_path)
+    (file,) = iteration.glob("*/model_optim_rng.pt")
+    change(file, args=lambda args: argparse.Namespace(**{**vars(args), name: value}))
+    for passed in (config, None):
+        refused(tmp_path, f"{file} has the argument {name}={value!r}: expected", "above 0", config=passed)
+
+
+@pytest.mark.parametrize("args", [{"num_attention_heads": 3, "num_query_groups": 3}, {"num_experts": "x"}])
+def test_arguments_that_describe_no_model(args, tmp_path):
+    config, tensors, _ = moe()
+    iteration = Writer(tensors, config, args=args).write(tmp_path)
+    refused(tmp_path, f"{iteration / 'mp_rank_00' / 'model_optim_rng.pt'} describes no model that can be built")
 
 
 class Stranger:

@@ -6,6 +6,7 @@ Read are the legacy tree (`language_model`, dense models) and that of Megatron-C
 
 from __future__ import annotations
 
+import math
 import re
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,7 @@ from transformers.utils import logging
 
 from ..configuration_skywork import SkyworkConfig, SkyworkMoeConfig
 from ..headers import StoredTensor
+from .inspection import naming
 from .layouts import MEGATRON, config_of, hub_shapes
 from .readers import flat_tensors, load_pickle
 from .recipes import Make, Product, Recipe, Source
@@ -77,15 +79,57 @@ _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
 _IGNORED = re.compile(r"_extra_state$|rotary_pos_emb\.|rotary_emb\.|inv_freq$")
 
-# Arguments that leave no trace in the tensors, and what they may be.
-_COMPUTED = {
+# Arguments that leave no trace in the tensors, and what they may be; where one is a list, what its members may be.
+_TRACELESS = {
+    "normalization": ("RMSNorm", "rmsnorm"),
     "apply_layernorm_1p": (False,),
-    "rotary_percent": (1.0,),
-    "rotary_interleaved": (False,),
-    "use_rope_scaling": (False,),
+    "layernorm_zero_centered_gamma": (False,),
+    "apply_residual_connection_post_layernorm": (False,),
+    "swiglu": (True,),
+    "squared_relu": (False,),
+    "quick_geglu": (False,),
+    "glu_linear_offset": (0.0,),
     # A table of learned positions would be an unexpected tensor; older files say so beside rotary ones.
     "position_embedding_type": ("rope", "learned_absolute"),
+    "rotary_percent": (1.0,),
+    "rotary_interleaved": (False,),
+    "rotary_base_per_layer": (None,),
+    "use_rope_scaling": (False,),
+    "no_rope_freq": (None, 0),
+    "window_size": (None, (-1, -1), (-1, 0)),  # -1 is no end
+    "qk_l2_norm": (False,),
+    "softmax_scale": (None,),
+    "softmax_type": ("vanilla",),
+    "use_mup": (False,),
 }
+# Those of runs with experts; in others they have no effect. Skywork's gate weighs the chosen experts by the softmax of
+# their logits, which is Megatron-LM's softmax after the choice: the one before it (`pre_softmax`) does not sum to 1.
+_TRACELESS_OF_EXPERTS = {
+    "moe_router_score_function": ("softmax",),
+    "moe_router_pre_softmax": (False,),
+    "moe_router_topk_scaling_factor": (1.0,),
+    "moe_router_group_topk": (None,),
+    "moe_router_topk_limited_devices": (None,),
+    "moe_apply_probs_on_input": (False,),
+    "activation_func_clamp_value": (None,),
+    # All but Sinkhorn's only add to the loss.
+    "moe_router_load_balancing_type": ("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
+}
+_PARALLEL_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
+# Arguments that are integers above 0, and numbers above 0.
+_COUNTS = (
+    *_PARALLEL_SIZES,
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_layers",
+    "num_attention_heads",
+    "num_query_groups",
+    "max_position_embeddings",
+    "seq_length",
+    "vocab_size",
+    "moe_router_topk",
+)
+_AMOUNTS = ("norm_epsilon", "layernorm_epsilon", "rotary_base", "rotary_seq_len_interpolation_factor")
 # Fields of a config, by the arguments that they are made of, the first that is there.
 _NEEDED = {
     "hidden_size": ("hidden_size",),
@@ -141,8 +185,7 @@ class _Rank:
 
     @property
     def sizes(self) -> _Sizes:
-        kinds = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
-        return _Sizes(*(getattr(self.args, kind, None) or 1 for kind in kinds))
+        return _Sizes(*(getattr(self.args, kind, None) or 1 for kind in _PARALLEL_SIZES))
 
 
 _Ranks = dict[tuple[int, int, int], _Rank]
@@ -167,7 +210,8 @@ def read_megatron(folder: Path, config: SkyworkConfig | SkyworkMoeConfig | None 
 
     Raises:
         ValueError: a rank or a tensor is missing, unexpected or of a wrong shape, the format is another one, or the
-            arguments say too little. Names the file and the tensor.
+            arguments say too little, something impossible, another model than Skywork's, or other than `config`.
+            Names the file and the tensor, argument or field.
     """
     ranks = _read_ranks(_iteration_folder(folder))
     for rank in ranks.values():
@@ -246,6 +290,7 @@ def _read_rank(file: Path, sizes: _Sizes | None = None) -> _Rank:
     if not isinstance(model, dict):
         virtual = " (interleaved pipeline stages, `model0`, are not read)" if "model0" in content else ""
         raise ValueError(f"{file} holds no `model` with named tensors{virtual}: save it again by Megatron-LM.")
+    _check_numbers(file, content["args"])
     _check_version(file, content.get("checkpoint_version"), legacy="language_model" in model)
     stored = [
         StoredTensor(file, f"model/{name}", value.dtype, tuple(value.shape)) for name, value in flat_tensors(model)
@@ -253,6 +298,17 @@ def _read_rank(file: Path, sizes: _Sizes | None = None) -> _Rank:
     ignored = [tensor for tensor in stored if _IGNORED.search(tensor.name)]
     tensors = _by_key([tensor for tensor in stored if not _IGNORED.search(tensor.name)])
     return _Rank(file, content["args"], content.get("iteration"), tensors, ignored)
+
+
+def _check_numbers(file: Path, args: Namespace) -> None:
+    for name in (*_COUNTS, *_AMOUNTS):
+        value = getattr(args, name, None)
+        kinds, expected = ((int,), "an integer") if name in _COUNTS else ((int, float), "a number")
+        if value is not None and not (type(value) in kinds and 0 < value < math.inf):
+            raise ValueError(
+                f"{file} has the argument {name}={value!r}: expected {expected} above 0; copy the file again from "
+                "where the checkpoint was written."
+            )
 
 
 def _check_version(file: Path, version: Any, legacy: bool) -> None:
@@ -391,57 +447,96 @@ def _check_arguments(rank: _Rank) -> None:
     Raises:
         ValueError: the model computes something that no Skywork model does, and its tensors would not show it.
     """
-    for name, allowed in _COMPUTED.items():
+    experts = getattr(rank.args, "num_experts", None)
+    for name, allowed in {**_TRACELESS, **(_TRACELESS_OF_EXPERTS if experts else {})}.items():
         value = getattr(rank.args, name, None)
-        if value is not None and value not in allowed:
-            raise ValueError(f"{rank.file} was trained with {name}={value!r}; a Skywork model has {allowed[0]!r}.")
+        values = value if isinstance(value, list) else [value]
+        if any(one is not None and one not in allowed for one in values):
+            raise ValueError(
+                f"{rank.file} was trained with {name}={value!r}, and a Skywork model has {allowed[0]!r}: it cannot be "
+                "converted."
+            )
 
 
-def _key_value_heads(args: Namespace) -> int | None:
-    if getattr(args, "group_query_attention", False):
-        return getattr(args, "num_query_groups", None)
-    return getattr(args, "num_attention_heads", None)
+def _key_value_heads(args: dict[str, Any]) -> int | None:
+    return args.get("num_query_groups" if args.get("group_query_attention") else "num_attention_heads")
 
 
 def _checked_config(config: SkyworkConfig | SkyworkMoeConfig, rank: _Rank) -> SkyworkConfig | SkyworkMoeConfig:
     """The config that was given, for experts in one module each; refused where the shapes would not tell."""
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("The config has a `quantization_config`, and Megatron-LM's weights are plain: remove it.")
-    untied = getattr(rank.args, "untie_embeddings_and_output_weights", None)
-    compared = {
-        "num_attention_heads": getattr(rank.args, "num_attention_heads", None),
-        "num_key_value_heads": _key_value_heads(rank.args),
-        "tie_word_embeddings": None if untied is None else not untied,
-    }
-    for field, value in compared.items():
-        if value is not None and getattr(config, field) != value:
+    for field, said in _traceless_fields(_arguments(rank)).items():
+        given = getattr(config, field, said)  # a dense config has fewer; experts are counted later
+        if not _agree(field, given, said):
             raise ValueError(
-                f"The config's `{field}` is {getattr(config, field)}, and {rank.file} was trained with {value}: take "
-                "the config.json of this model."
+                f"The config's `{field}` is {given}, and {rank.file} was trained with {said}: take the config.json of "
+                "this model."
             )
     return config_of(config.to_dict())
 
 
+def _agree(field: str, given: Any, said: Any) -> bool:
+    if field == "max_position_embeddings":
+        return given >= said  # rotary positions have no table, and contexts are extended so
+    if field == "hidden_act":
+        return given in ("silu", "swish")  # one function
+    return given == said
+
+
+def _traceless_fields(args: dict[str, Any]) -> dict[str, Any]:
+    """Of the fields that no shape tells, those that the arguments say."""
+    fields = {
+        "num_attention_heads": args.get("num_attention_heads"),
+        "num_key_value_heads": _key_value_heads(args),
+        "hidden_act": "silu" if args.get("swiglu") else None,
+        "rms_norm_eps": _first(args, _NEEDED["rms_norm_eps"]),
+        "max_position_embeddings": _first(args, _NEEDED["max_position_embeddings"]),
+        "num_experts_per_tok": args.get("moe_router_topk") if args.get("num_experts") else None,
+    }
+    if "untie_embeddings_and_output_weights" in args:
+        fields["tie_word_embeddings"] = not args["untie_embeddings_and_output_weights"]
+    if "rotary_base" in args or "rotary_seq_len_interpolation_factor" in args:
+        fields["rope_parameters"] = SkyworkConfig(**_rope_fields(args)).rope_parameters
+    return {field: value for field, value in fields.items() if value is not None}
+
+
+def _arguments(rank: _Rank) -> dict[str, Any]:
+    return {name: value for name, value in vars(rank.args).items() if value is not None}
+
+
+def _first(args: dict[str, Any], names: tuple[str, ...]) -> Any:
+    return next((args[name] for name in names if name in args), None)
+
+
 def _config_of_arguments(rank: _Rank, shards: _Shards) -> SkyworkConfig | SkyworkMoeConfig:
-    args = {name: value for name, value in vars(rank.args).items() if value is not None}
+    args = _arguments(rank)
     needed = dict(_NEEDED)
     if args.get("num_experts"):
         needed["num_experts_per_tok"] = ("moe_router_topk",)
     if args.get("group_query_attention"):
         needed["num_key_value_heads"] = ("num_query_groups",)
-    raw = {field: next((args[name] for name in names if name in args), None) for field, names in needed.items()}
+    raw = {field: _first(args, names) for field, names in needed.items()}
     if lacking := [" or ".join(names) for field, names in needed.items() if raw[field] is None]:
         raise ValueError(
-            f"The arguments in {rank.file} lack {', '.join(lacking)}: pass a config.json of the model that says it."
+            f"The arguments in {rank.file} lack {', '.join(lacking)}: put a config.json of the model that says it "
+            "beside the folders, or pass it as --config."
         )
     embedding = shards.get(_Key(_EMBEDDING))
     raw["dtype"] = args.get("params_dtype") or (embedding[0][0].dtype if embedding else None)
-    raw["rope_theta"] = float(args.get("rotary_base", 10000.0))
-    if factor := args.get("rotary_seq_len_interpolation_factor"):
-        raw["rope_scaling"] = {"type": "linear", "factor": float(factor)}
+    raw |= _rope_fields(args)
     raw["tie_word_embeddings"] = not args.get("untie_embeddings_and_output_weights", _Key(_HEAD) in shards)
     raw |= _expert_fields(args.get("num_experts"), shards)
-    return SkyworkConfig.from_dict(raw)
+    with naming(rank.file):
+        return SkyworkConfig.from_dict(raw)
+
+
+def _rope_fields(args: dict[str, Any]) -> dict[str, Any]:
+    fields: dict[str, Any] = {"rope_theta": float(args.get("rotary_base", 10000.0))}
+    factor = float(args.get("rotary_seq_len_interpolation_factor", 1.0))
+    if factor != 1.0:
+        fields["rope_scaling"] = {"type": "linear", "factor": factor}
+    return fields
 
 
 def _expert_fields(experts: Any, shards: _Shards) -> dict[str, Any]:
