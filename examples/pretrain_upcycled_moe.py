@@ -50,6 +50,7 @@ TINY = {
 }
 VOCABULARY = 1536
 HELD_OUT_EVERY = 20
+COLOURS = {"dense parent": "#555555", "dense": "#4477AA", "MoE": "#CC6677"}
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 
@@ -141,26 +142,36 @@ def draw(runs: dict[str, tuple[int, list[dict[str, Any]]]], path: Path) -> None:
     """The losses over the steps; each run begins where another one ended."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axis = figure.subplots()
-    for (name, (start, log_history)), colour in zip(runs.items(), ("#555555", "#88CCEE", "#CC6677"), strict=False):
-        losses = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
-        held_out = held_out_losses(log_history)
-        for points, style in ((losses, {"linewidth": 0.8, "alpha": 0.5}), (held_out, {"marker": "."})):
-            steps, values = zip(*points, strict=True)
-            label = f"{name}, {'held out' if 'marker' in style else 'training'}"
-            axis.plot([start + step for step in steps], values, color=colour, label=label, **style)
-    axis.set(xlabel="step", ylabel="loss, nats a token")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    whole, later = figure.subplots(1, 2, width_ratios=(3, 2))
+    for axis, shown in ((whole, runs.keys()), (later, runs.keys() - {"dense parent"})):
+        for name in [name for name in runs if name in shown]:
+            _draw_losses(axis, name, *runs[name])
+        axis.set(xlabel="step", ylabel="loss, nats a token")
+        axis.spines[["top", "right"]].set_visible(False)
+    later.set_title("the runs that are compared", fontsize=10)
+    whole.legend(frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def _draw_losses(axis: Any, name: str, start: int, log_history: list[dict[str, Any]]) -> None:
+    losses = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
+    styles = {"training": {"linewidth": 0.8, "alpha": 0.6}, "held out": {"marker": "."}}
+    for kind, points in (("training", losses), ("held out", held_out_losses(log_history))):
+        steps, values = zip(*points, strict=True)
+        label = f"{name}, {kind}"
+        axis.plot([start + step for step in steps], values, color=COLOURS[name], label=label, **styles[kind])
 
 
 def read_texts(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     """Documents for training, and those held out."""
     if options.text is None:
         return bundled.sentences(options.seed)
+    if not options.text.is_file():
+        raise SystemExit(f"{options.text} is not there: expected a file with a document in each line.")
     lines = [line for line in options.text.read_text(encoding="utf-8").split("\n") if line.strip()]
+    if len(lines) < 2:
+        raise SystemExit(f"{options.text} has {len(lines)} lines: expected at least two documents, one a line.")
     return [line for number, line in enumerate(lines) if number % HELD_OUT_EVERY], lines[::HELD_OUT_EVERY]
 
 
@@ -192,6 +203,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     options = parser().parse_args(arguments)
+    if not 1 <= options.top_k <= options.experts:
+        raise SystemExit(f"--top-k {options.top_k}: expected 1 to --experts {options.experts}.")
     if options.output.exists():
         raise SystemExit(f"{options.output} is there already: choose another folder, or remove it.")
     set_seed(options.seed)
