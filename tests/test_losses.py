@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import tiny_dense_config, tiny_moe_config, tokens
+from torch.func import functional_call, grad, vmap
 from transformers.testing_utils import CaptureLogger
 from transformers.utils.logging import warning_once
 
@@ -107,3 +108,28 @@ def test_other_heads_and_losses_of_users_are_left_alone():
     model.loss_function = lambda logits, **kwargs: logits.sum()
     output = model(input_ids=ids, labels=masked(ids))
     assert torch.equal(output.loss, output.logits.sum())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_label_may_be_the_one_to_ignore(family):
+    model, ids = FAMILIES[family](), tokens()
+    labels = ids.clone()
+    labels[:, :5] = 0
+    output = model(input_ids=ids, labels=labels, ignore_index=0)
+    predicted, targets = output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    torch.testing.assert_close(output.loss, F.cross_entropy(predicted, targets, ignore_index=0))
+
+
+def test_tensors_without_values_have_a_loss_too():
+    ids = tokens()
+    model = FAMILIES["dense"]()
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(parameters: dict[str, torch.Tensor], row: torch.Tensor) -> torch.Tensor:
+        return functional_call(model, parameters, kwargs={"input_ids": row[None], "labels": row[None]}).loss
+
+    of_each = vmap(grad(loss), in_dims=(None, 0))(parameters, ids)
+    model(input_ids=ids[:1], labels=ids[:1]).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(of_each[name][0], parameter.grad, msg=name)
+    assert model.to("meta")(input_ids=ids.to("meta"), labels=ids.to("meta")).loss.shape == ()

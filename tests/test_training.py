@@ -29,7 +29,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.utils import ModelOutput
 
 import skywork_hf
-from skywork_hf import AdaptiveAuxLossCallback, SkyworkForCausalLM, SkyworkMoeForCausalLM
+from skywork_hf import AdaptiveAuxLossCallback, SkyworkForCausalLM, SkyworkInt8Config, SkyworkMoeForCausalLM
 from skywork_hf.modeling_skywork_moe import load_balancing_loss, routing_probabilities
 from skywork_hf.training.aux_loss import adapted, logger
 from skywork_hf.training.router_load import RouterLoad, load_of_step, router_sums
@@ -476,9 +476,18 @@ def test_an_evaluation_has_the_plain_loss_and_gathers_no_router_logits(tmp_path)
     assert seen[1].shape == plain.logits.shape
 
 
-def test_gates_learn_to_balance_with_checkpointing_and_adapters(tmp_path):
+@pytest.mark.parametrize("how", ["the Trainer's checkpointing", "PEFT's preparation of an int8 base"])
+def test_gates_learn_to_balance_with_checkpointing_and_adapters(how, tmp_path):
     peft = pytest.importorskip("peft")
     model = model_of(router_aux_loss_coef=10.0, router_aux_loss_beta=0.999)  # it stays near 10
+    settings = {"learning_rate": 0.01, "per_device_train_batch_size": 8}
+    if how.startswith("PEFT"):
+        model.save_pretrained(tmp_path / "base")
+        base = SkyworkMoeForCausalLM.from_pretrained(tmp_path / "base", quantization_config=SkyworkInt8Config())
+        model = peft.prepare_model_for_kbit_training(base)
+        assert model.is_activation_checkpointing
+    else:
+        settings["activation_checkpointing"] = True
     lora = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["gate"])
     adapted_model, data = peft.get_peft_model(model, lora), rows(8)
     ids = torch.stack([row["input_ids"] for row in data])
@@ -488,9 +497,14 @@ def test_gates_learn_to_balance_with_checkpointing_and_adapters(tmp_path):
             return adapted_model(input_ids=ids, output_router_logits=True).aux_loss.item()
 
     before = aux_loss()
-    settings = {"learning_rate": 0.01, "activation_checkpointing": True, "per_device_train_batch_size": 8}
     trainer_of(adapted_model, tmp_path, data, max_steps=20, **settings).train()
     assert aux_loss() < 0.2 * before
+
+
+def test_checkpointing_that_cuts_the_gradient_off_is_refused(tmp_path):
+    reentrant = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(ValueError, match=r'activation_checkpointing_kwargs=\{"use_reentrant": False\}'):
+        trainer_of(model_of(), tmp_path, rows(4), max_steps=1, **reentrant).train()
 
 
 def test_nothing_stays_on_the_model(tmp_path):

@@ -42,21 +42,24 @@ def causal_lm_loss(
 
     Args:
         logits: [batch, tokens, vocab_size].
-        labels: int64 [batch, tokens], not shifted; -100 is no target. `shift_labels` in `kwargs` are.
+        labels: int64 [batch, tokens], not shifted; -100, or `ignore_index` in `kwargs`, is no target. `shift_labels`
+            in `kwargs` are shifted.
         num_items_in_batch: the targets of the optimiser's step that the batch is a part of; None: the batch's own.
 
     Returns:
         float32, no dimensions: the sum over the targets by their number; 0 where there is none.
     """
-    items = target_count(labels, kwargs.get("shift_labels")) if num_items_in_batch is None else num_items_in_batch
+    items = target_count(labels, **kwargs) if num_items_in_batch is None else num_items_in_batch
     if not torch.compiler.is_compiling():
         _warn(items, labels.shape[-1], config)
     return ForCausalLMLoss(logits, labels, vocab_size, at_least_one(items), **kwargs)
 
 
-def target_count(labels: torch.Tensor, shift_labels: torch.Tensor | None = None) -> torch.Tensor:
-    """How many tokens a batch is to predict: int64, no dimensions."""
-    return (labels[..., 1:] if shift_labels is None else shift_labels).ne(IGNORED).sum()
+def target_count(
+    labels: torch.Tensor, shift_labels: torch.Tensor | None = None, ignore_index: int = IGNORED, **kwargs: Any
+) -> torch.Tensor:
+    """How many tokens a batch is to predict: int64, no dimensions. Takes what else a loss is given, too."""
+    return (labels[..., 1:] if shift_labels is None else shift_labels).ne(ignore_index).sum()
 
 
 def at_least_one(items: torch.Tensor | int) -> Any:
@@ -65,7 +68,7 @@ def at_least_one(items: torch.Tensor | int) -> Any:
 
 
 def _warn(items: torch.Tensor | int, row_length: int, config: Any) -> None:
-    if items == 0:
+    if _is_zero(items):
         logger.warning_once(
             "A step has no token to predict, as all its labels are -100: its loss counts as 0. Look at the data, and "
             "at the length that rows are cut to."
@@ -75,3 +78,10 @@ def _warn(items: torch.Tensor | int, row_length: int, config: Any) -> None:
             f"Rows are longer than max_position_embeddings={config.max_position_embeddings}, beyond which the model "
             "has learnt no positions: cut them, unless they are packed or the positions are scaled."
         )
+
+
+def _is_zero(items: torch.Tensor | int) -> bool:
+    try:
+        return bool(items == 0)
+    except RuntimeError:  # a tensor without a value: on the meta device, in `vmap`, while tracing
+        return False

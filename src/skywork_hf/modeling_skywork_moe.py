@@ -327,6 +327,12 @@ class SkyworkMoePreTrainedModel(SkyworkLoadingMixin, SkyworkLossMixin, MixtralPr
         what it takes for custom code, and merges the experts of the fused layout."""
         return self.config.experts_layout == "modular"
 
+    def _activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, *args: Any) -> None:
+        """transformers' own; not reentrant unless that is asked for, also where PEFT passes an empty dict: the
+        reentrant kind runs layers without gradients, so that what their gates gave has none."""
+        chosen = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        super()._activation_checkpointing_enable(chosen, *args)
+
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True  # `MixtralExperts` carries `@use_experts_implementation`; transformers looks for it in this file
@@ -428,7 +434,7 @@ class SkyworkMoeForCausalLM(SkyworkMoePreTrainedModel, MixtralForCausalLM):
             layer_losses = load_balancing_loss(outputs.router_logits, self.config, attention_mask)
             aux_loss = layer_losses.sum()
             if loss is not None and labels is not None:
-                share = _share_of_step(labels, kwargs.get("shift_labels"), kwargs.get("num_items_in_batch"))
+                share = _share_of_step(labels, **kwargs)
                 loss = loss + (share * self._weighted(layer_losses)).to(loss.device)
 
         return MoeCausalLMOutputWithPast(
@@ -448,14 +454,13 @@ class SkyworkMoeForCausalLM(SkyworkMoePreTrainedModel, MixtralForCausalLM):
 
 
 def _share_of_step(
-    labels: torch.Tensor, shift_labels: torch.Tensor | None, items: torch.Tensor | int | None
+    labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None, **kwargs: Any
 ) -> torch.Tensor | float:
-    """How much of the target tokens of an optimiser's step, of which there are `items`, a batch has."""
-    if items is None:
+    """How much of the target tokens of an optimiser's step, of which there are `num_items_in_batch`, a batch has."""
+    if num_items_in_batch is None:
         return 1.0
-    targets_here = target_count(labels, shift_labels)
-    items = at_least_one(items)
-    return targets_here / (items.to(targets_here.device) if isinstance(items, torch.Tensor) else items)
+    here, items = target_count(labels, **kwargs), at_least_one(num_items_in_batch)
+    return here / (items.to(here.device) if isinstance(items, torch.Tensor) else items)
 
 
 __all__ = ["SkyworkMoeForCausalLM", "SkyworkMoeModel", "SkyworkMoePreTrainedModel"]

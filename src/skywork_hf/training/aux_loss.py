@@ -57,7 +57,8 @@ class AdaptiveAuxLossCallback(TrainerCallback, ExportableState):
     Raises, when training begins:
         ValueError: the model is no Skywork-MoE with a language-model head, one process would train on several GPUs
             (nn.DataParallel), the Trainer smooths labels, so that the model computes no loss, or a resumed checkpoint
-            is of another number of layers; in the first step, that something replaced the model's loss.
+            is of another number of layers; in the first step, that something replaced the model's loss, or that no
+            gradient of it reaches the gates.
     """
 
     def __init__(self) -> None:
@@ -110,14 +111,22 @@ class AdaptiveAuxLossCallback(TrainerCallback, ExportableState):
         self._model.aux_loss_coefficients = torch.tensor(self.coefficients, device=self._model.device)
 
     def _observe(self, model: Any, args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
+        if not model.training:
+            return
         if not hasattr(outputs, "router_logits"):
             raise ValueError(
                 f"The model's forward was replaced by one that computes another loss ({type(outputs).__name__}, as "
                 "TRL's SFTTrainer does), which knows no coefficients by layer: train with transformers' Trainer, or "
                 "leave AdaptiveAuxLossCallback out."
             )
-        if not model.training or outputs.router_logits is None:
+        if outputs.router_logits is None:
             return
+        if not any(logits.requires_grad for logits in outputs.router_logits) and torch.is_grad_enabled():
+            raise ValueError(
+                "No gradient of the auxiliary loss reaches the gates or what is below them. If activations are "
+                'checkpointed, pass activation_checkpointing_kwargs={"use_reentrant": False}; if nothing there is '
+                "trained, leave AdaptiveAuxLossCallback out."
+            )
         if outputs.loss is None:
             logger.warning_once(
                 "The model gets no labels (as with `compute_loss_func`), so it computes no loss: unless yours adds "
