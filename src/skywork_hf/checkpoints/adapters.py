@@ -9,20 +9,27 @@ from copy import copy, deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..headers import StoredTensor, read_headers
+from ..headers import PLAIN_DTYPES, StoredTensor, read_headers
 from .inspection import TOKENIZER_FILES, read_json
+from .layouts import empty_model
+from .readers import Reader
 from .recipes import Product, Recipe, Source, unchanged
-from .transforms import refuse_quantized
+from .transforms import Rounded, refuse_quantized
 
 _CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
 _TOKENS = ".trainable_tokens_"
 _MARKS = (".lora_", ".ia3_", _TOKENS)
+# Inside modules of `modules_to_save`, of which PEFT saves all where the vocabulary was made larger.
+_WRAPPED = (".modules_to_save.", ".original_module.")
+# Beginnings of what `init_lora_weights` may be that PEFT computes from a weight's values.
+_INIT_FROM_VALUES = ("pissa", "olora")
 # PEFT's kinds that change the weight of a module by what the adapter holds of it.
 _MERGEABLE = ("LORA", "ADALORA", "IA3", "TRAINABLE_TOKENS")
 # What such an adapter may ask for beside, and why that is no change of a weight.
@@ -33,7 +40,7 @@ _NOT_MERGEABLE = {
     "alora_invocation_tokens": "works from a token on",
     "arrow_config": "routes between adapters",
 }
-_EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_EMBEDDINGS, _HEAD, _CLASSIFIER = "model.embed_tokens.weight", "lm_head.weight", "score.weight"
 
 
 def merge_adapter(source: Source, folder: Path) -> Source:
@@ -46,37 +53,153 @@ def merge_adapter(source: Source, folder: Path) -> Source:
     Raises:
         ImportError: PEFT is not installed.
         ValueError: the checkpoint is quantised; or the adapter is of another model, of a kind that does not change
-            modules one by one, or not whole. Names the file and the field.
+            modules one by one, not whole, or not what its config says. Names the file and the field or the tensor.
     """
+    folder = folder.resolve()  # its name is written into the result, and "." has none
     config = _peft_config(folder)
     refuse_quantized(source, "merging an adapter")
-    adapted: dict[str, list[StoredTensor]] = defaultdict(list)
-    replaced: dict[str, StoredTensor] = {}
-    for name, tensor in read_headers([_weights(folder)]).items():
-        path = name.removeprefix(_PREFIX).replace(".token_adapter.", ".")
-        mark = next((mark for mark in _MARKS if mark in path), None)
-        if mark:
-            adapted[f"{path.partition(mark)[0]}.weight"].append(tensor)
-        else:  # of `modules_to_save`, or embeddings, which PEFT saves in case that they were made larger
-            replaced[path.replace(".base_layer.", ".")] = tensor
-    recipes = [_merged(recipe, adapted, replaced, config) for recipe in source.recipes]
+    stored = read_headers([_weights(folder)])
+    adapted, replaced, copies = _sorted(stored)
     known = {product.name for recipe in source.recipes for product in recipe.products}
+    if source.config.tie_word_embeddings and not known & {_HEAD, _CLASSIFIER}:
+        copies += _take_tied_head(source, folder, adapted, replaced)
     if unknown := sorted((adapted.keys() | replaced.keys()) - known):
         raise ValueError(
             f"{folder} adapts `{unknown[0]}` and {len(unknown) - 1} more that {source.folder} does not have: it was "
             "trained on another model."
         )
+    recipes = [_merged(recipe, adapted, replaced, config) for recipe in source.recipes]
     pairs = zip(source.recipes, recipes, strict=True)
     unused = [tensor for before, after in pairs for tensor in before.sources if tensor not in after.sources]
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
-    return replace(
+    merged = replace(
         source,
         recipes=recipes,
-        ignored=[*source.ignored, *unused],
+        ignored=[*source.ignored, *unused, *copies],
         config=_with_vocabulary(source.config, recipes),
         tokenizer=folder if has_tokenizer else source.tokenizer,
         changes=(*source.changes, f"merged {folder.name}, SHA-256 of its config {_config_digest(folder)}"),
     )
+    whole = [replaced[name] for name in (_EMBEDDINGS, _HEAD) if name in replaced]
+    _check_fits(merged, folder, config, stored, may_be_there={tensor.name for tensor in (*whole, *copies)})
+    return merged
+
+
+def _sorted(
+    stored: dict[str, StoredTensor],
+) -> tuple[dict[str, list[StoredTensor]], dict[str, StoredTensor], list[StoredTensor]]:
+    """What the adapter holds: by the weight that it changes, whole weights, and copies of these.
+
+    Raises:
+        ValueError: a tensor is stored as no float, which it would need a scale for.
+    """
+    adapted: dict[str, list[StoredTensor]] = defaultdict(list)
+    replaced: dict[str, StoredTensor] = {}
+    copies = []
+    for name, tensor in stored.items():
+        if tensor.dtype not in PLAIN_DTYPES:
+            raise ValueError(f"{tensor} is stored as {tensor.dtype}: expected an adapter in 16 or 32 bit; save it so.")
+        path = name.removeprefix(_PREFIX).replace(".token_adapter.", ".")
+        mark = next((mark for mark in _MARKS if mark in path), None)
+        if mark:
+            adapted[f"{path.partition(mark)[0]}.weight"].append(tensor)
+        elif any(wrapped in path for wrapped in _WRAPPED):
+            copies.append(tensor)
+        else:  # of `modules_to_save`, or embeddings, which PEFT saves in case that they were made larger
+            replaced[path.replace(".base_layer.", ".")] = tensor
+    return adapted, replaced, copies
+
+
+def _take_tied_head(
+    source: Source, folder: Path, adapted: dict[str, list[StoredTensor]], replaced: dict[str, StoredTensor]
+) -> list[StoredTensor]:
+    """Take out, and return, what the adapter holds of a head that is the embeddings.
+
+    Raises:
+        ValueError: it was trained with a head that is no longer the embeddings.
+    """
+    embeddings, head = ([*adapted.get(name, ()), *filter(None, [replaced.get(name)])] for name in (_EMBEDDINGS, _HEAD))
+    only_tokens = not head and all(_TOKENS in tensor.name for tensor in embeddings)  # PEFT ties these by itself
+    if not only_tokens and not _are_equal(embeddings, head):
+        raise ValueError(
+            f"{folder} changes `{(head or embeddings)[0].name}`, and the head of {source.folder} is its embeddings "
+            "(`tie_word_embeddings`), which the adapter does not change alike: load it with PEFT's "
+            "`PeftModel` instead."
+        )
+    adapted.pop(_HEAD, None)
+    replaced.pop(_HEAD, None)
+    return head
+
+
+def _are_equal(some: list[StoredTensor], others: list[StoredTensor]) -> bool:
+    if [tensor.shape for tensor in some] != [tensor.shape for tensor in others]:
+        return False
+    reader = Reader()
+    return all(torch.equal(*reader.read(pair)) for pair in zip(some, others, strict=True))
+
+
+def _check_fits(
+    merged: Source, folder: Path, config: Any, stored: dict[str, StoredTensor], may_be_there: set[str]
+) -> None:
+    """
+    Raises:
+        ValueError: the adapter's file holds anything else than what PEFT would save of an adapter of this config to
+            this model, but for what `may_be_there`. Names the tensor.
+    """
+    config_file, weights = folder / _CONFIG, _weights(folder)
+    try:
+        expected = _shapes(merged.config, config)
+    except Exception as error:  # whatever PEFT meets: it reads most fields only here
+        raise ValueError(
+            f"{config_file} makes no adapter of {merged.folder} ({shorten(str(error), 200)}): take the file that was "
+            "saved with the adapter, and the checkpoint that it was trained on."
+        ) from error
+    if missing := sorted(expected.keys() - stored.keys()):
+        raise ValueError(
+            f"{weights} lacks `{missing[0]}` and {len(missing) - 1} more weights that {_CONFIG} asks for in "
+            f"{merged.folder}: the adapter is not whole, or was trained on another model, such as one with fewer "
+            "experts or layers."
+        )
+    if unexpected := sorted(stored.keys() - expected.keys() - may_be_there):
+        raise ValueError(
+            f"{weights} holds `{unexpected[0]}` and {len(unexpected) - 1} more weights that {_CONFIG} does not ask "
+            f"for in {merged.folder}: take the {_CONFIG} that was saved with the adapter."
+        )
+    for name, shape in expected.items():
+        if stored[name].shape != shape:
+            raise ValueError(
+                f"{stored[name]} is {list(stored[name].shape)}, and {_CONFIG} makes it {list(shape)} in "
+                f"{merged.folder}: its fields must be those that the adapter was trained with, and so must the "
+                "model's sizes."
+            )
+    _check_token_indices(merged, config, stored, config_file)
+
+
+def _shapes(model_config: Any, config: Any) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that PEFT would save of such an adapter."""
+    from peft import get_peft_model_state_dict
+
+    config = copy(config)
+    if str(getattr(config, "init_lora_weights", "")).startswith(_INIT_FROM_VALUES):
+        config.init_lora_weights = True
+    model = _adapted(empty_model(model_config), config)
+    # On the CPU, in no memory: AdaLoRA takes rows out, for which torch wants values.
+    state = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in model.state_dict().items()}
+    saved = get_peft_model_state_dict(model, state, save_embedding_layers=False)
+    return {name: tuple(tensor.shape) for name, tensor in saved.items()}
+
+
+def _check_token_indices(merged: Source, config: Any, stored: dict[str, StoredTensor], config_file: Path) -> None:
+    rows = merged.config.vocab_size
+    for name in stored:
+        if _TOKENS not in name:
+            continue
+        indices = _token_indices(name.partition(_TOKENS)[0].removesuffix(".token_adapter"), config)
+        if wrong := [index for index in indices.tolist() if type(index) is not int or not 0 <= index < rows]:
+            raise ValueError(
+                f"{config_file} trains token {wrong[0]}: expected whole numbers from 0 to {rows - 1}, the tokens of "
+                f"{merged.folder}."
+            )
 
 
 def _config_digest(folder: Path) -> str:
@@ -131,11 +254,24 @@ def _weights(folder: Path) -> Path:
 def _merged(
     recipe: Recipe, adapted: dict[str, list[StoredTensor]], replaced: dict[str, StoredTensor], config: Any
 ) -> Recipe:
-    recipe = _replaced(recipe, [replaced.get(product.name) for product in recipe.products])
+    whole = _replaced(recipe, [replaced.get(product.name) for product in recipe.products])
     tensors = [tensor for product in recipe.products for tensor in adapted.get(product.name, [])]
-    if not tensors:
-        return recipe
-    return Recipe(recipe.products, (*recipe.sources, *tensors), partial(_make_merged, recipe, tensors, config))
+    exact = _with_adapter(whole, tensors, adapted, config) if tensors else whole
+    pairs = zip(exact.products, recipe.products, strict=True)
+    products = tuple(replace(product, dtype=before.dtype) for product, before in pairs)
+    if exact.products == products:
+        return exact
+    return Recipe(products, exact.sources, Rounded(exact, products))
+
+
+def _with_adapter(
+    recipe: Recipe, tensors: list[StoredTensor], adapted: dict[str, list[StoredTensor]], config: Any
+) -> Recipe:
+    """In float32 where the adapter changes a product: rounding comes once, at the end."""
+    products = tuple(
+        replace(product, dtype=torch.float32) if product.name in adapted else product for product in recipe.products
+    )
+    return Recipe(products, (*recipe.sources, *tensors), partial(_make_merged, recipe, tensors, config))
 
 
 def _replaced(recipe: Recipe, whole: list[StoredTensor | None]) -> Recipe:
@@ -145,41 +281,37 @@ def _replaced(recipe: Recipe, whole: list[StoredTensor | None]) -> Recipe:
     pairs = list(zip(recipe.products, whole, strict=True))
     products = tuple(_replacement(product, tensor) if tensor else product for product, tensor in pairs)
     tensors = tuple(tensor for tensor in whole if tensor)
-    if len(pairs) == 1 and tensors[0].dtype == products[0].dtype:
+    if len(pairs) == 1:
         return unchanged(tensors[0], products[0].name)
     kept = () if all(whole) else recipe.sources
     return Recipe(products, (*kept, *tensors), partial(_make_replaced, recipe, [tensor is None for tensor in whole]))
 
 
 def _replacement(product: Product, tensor: StoredTensor) -> Product:
-    """In the checkpoint's dtype."""
+    """In the adapter's dtype."""
     compared = slice(1 if product.name in (_EMBEDDINGS, _HEAD) else 0, None)  # these may have more rows now
     if tensor.shape[compared] != product.shape[compared]:
         raise ValueError(f"{tensor} is {list(tensor.shape)}, and `{product.name}` is {list(product.shape)}.")
-    return replace(product, shape=tensor.shape)
+    return replace(product, dtype=tensor.dtype, shape=tensor.shape)
 
 
 def _make_replaced(recipe: Recipe, stays: list[bool], sources: list[torch.Tensor]) -> list[torch.Tensor]:
     count = len(recipe.sources) if any(stays) else 0
     made = recipe.values(sources[:count]) if count else []
     tensors = iter(sources[count:])
-    return [
-        made[place] if stays[place] else next(tensors).to(product.dtype)
-        for place, product in enumerate(recipe.products)
-    ]
+    return [made[place] if is_kept else next(tensors) for place, is_kept in enumerate(stays)]
 
 
 def _make_merged(
     recipe: Recipe, tensors: list[StoredTensor], config: Any, sources: list[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """Merge in float32: rounding to 16 bit comes once, at the end."""
     count = len(recipe.sources)
     state = {tensor.name: value for tensor, value in zip(tensors, sources[count:], strict=True)}
     merged = []
     for product, value in zip(recipe.products, recipe.values(sources[:count]), strict=True):
         path = product.name.removesuffix(".weight")
         own = {name: tensor for name, tensor in state.items() if name.startswith(f"{_PREFIX}{path}.")}
-        merged.append(_merge(path, value.float(), own, config).to(value.dtype) if own else value)
+        merged.append(_merge(path, value.float(), own, config) if own else value)
     return merged
 
 
@@ -193,7 +325,7 @@ def _token_indices(path: str, config: Any) -> torch.Tensor:
 
 def _merge(path: str, weight: torch.Tensor, state: dict[str, torch.Tensor], config: Any) -> torch.Tensor:
     """Let PEFT adapt a model that has one module, at its place in the real one, and merge that."""
-    from peft import inject_adapter_in_model, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
 
     rows_of_tokens = next((name for name in state if _TOKENS in name), None)
     if rows_of_tokens is not None:
@@ -210,13 +342,23 @@ def _merge(path: str, weight: torch.Tensor, state: dict[str, torch.Tensor], conf
         parent = parent.get_submodule(name)
     parent.add_module(last, module)
     config = copy(config)
-    config.trainable_token_indices = None  # of modules that this model has not
-    with warnings.catch_warnings():
-        # Patterns are for modules that this model has not.
-        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
-        model = inject_adapter_in_model(config, root)
-    floats = {name.removeprefix(_PREFIX): tensor.float() for name, tensor in state.items()}
-    set_peft_model_state_dict(model, floats)
-    layer: Any = model.get_submodule(path)
+    config.trainable_token_indices = config.modules_to_save = None  # of modules that this model has not
+    if config.peft_type == "ADALORA" and config.rank_pattern:
+        config.rank_pattern = {name: rows for name, rows in config.rank_pattern.items() if name.startswith(f"{path}.")}
+    # Some begin with random weights, which the merge depends on; it must come out the same when it is verified.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(hashlib.sha256(path.encode()).digest()[:8]))
+        model = _adapted(root, config)
+    set_peft_model_state_dict(model, {name: tensor.float() for name, tensor in state.items()})
+    layer: Any = model.get_submodule(f"{_PREFIX}{path}")
     layer.merge(safe_merge=True)
     return layer.get_base_layer().weight.detach()
+
+
+def _adapted(model: nn.Module, config: Any) -> Any:
+    """PEFT's model, whose weights are called as in the adapter's file."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # such as of patterns for modules that the model has not: these are checked
+        return PeftModel(model, copy(config))

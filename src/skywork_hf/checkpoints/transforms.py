@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -75,14 +75,33 @@ def _cast(recipe: Recipe, dtype: torch.dtype) -> Recipe:
     if all(product.dtype == dtype for product in recipe.products):
         return recipe
     products = tuple(replace(product, dtype=dtype) for product in recipe.products)
-    return Recipe(products, recipe.sources, partial(_make_cast, recipe, dtype))
+    return Recipe(products, recipe.sources, Rounded(_exact(recipe), products))
 
 
-def _make_cast(recipe: Recipe, dtype: torch.dtype, sources: list[torch.Tensor]) -> list[torch.Tensor]:
-    values = recipe.values(sources)
-    made = [value.to(dtype) for value in values]
-    for product, value, cast_value in zip(recipe.products, values, made, strict=True):
-        _check_range(product.name, value, cast_value)
+@dataclass(frozen=True)
+class Rounded:
+    """Makes what `exact` makes, in the dtypes of `products`.
+
+    Raises:
+        ValueError: a value would become infinite. Names the tensor.
+    """
+
+    exact: Recipe
+    products: tuple[Product, ...]
+
+    def __call__(self, sources: list[torch.Tensor]) -> list[torch.Tensor]:
+        values = self.exact.values(sources)
+        return [_rounded(product, value) for product, value in zip(self.products, values, strict=True)]
+
+
+def _exact(recipe: Recipe) -> Recipe:
+    """As the recipe was before it was rounded, so that rounding comes once."""
+    return recipe.make.exact if isinstance(recipe.make, Rounded) else recipe
+
+
+def _rounded(product: Product, value: torch.Tensor) -> torch.Tensor:
+    made = value.to(product.dtype)
+    _check_range(product.name, value, made)
     return made
 
 
@@ -94,7 +113,7 @@ def _check_range(name: str, value: torch.Tensor, cast_value: torch.Tensor) -> No
     if (cast_value.isinf() & value.isfinite()).any():
         raise ValueError(
             f"`{name}` holds values beyond {torch.finfo(cast_value.dtype).max:.5g}, the largest of "
-            f"{_name_of(cast_value.dtype)}: take one with a larger range."
+            f"{_name_of(cast_value.dtype)}: take a dtype with a larger range."
         )
 
 
@@ -241,7 +260,7 @@ def _make_expert(
     values = []
     for product, value in zip(recipe.products, recipe.values(sources), strict=True):
         random = _random(f"{product.name} {expert}", seed, product.shape)
-        values.append((value + noise * value.float().std() * random).to(value.dtype))
+        values.append(_rounded(product, value + noise * value.float().std() * random))
     return values
 
 
