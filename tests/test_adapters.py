@@ -561,6 +561,61 @@ def test_ranks_that_contradict_the_weights_are_refused(loader, folder, tmp_path)
         LOADERS[loader](load(folder), tmp_path)
 
 
+SHARED_OR_MADE = {
+    "VBLORA": lambda: peft.VBLoRAConfig(target_modules=["q_proj", "w1"], num_vectors=8, vector_length=32),
+    "RANDLORA": lambda: peft.RandLoraConfig(target_modules=["q_proj", "w1"]),
+    "SHIRA": lambda: peft.ShiraConfig(r=2, target_modules=["q_proj", "w1"]),
+    "DORA": lambda: peft.LoraConfig(r=2, target_modules=["q_proj", "w1"], use_dora=True),
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("method", SHARED_OR_MADE)
+@torch.no_grad()
+def test_weights_that_layers_share_or_seeds_make_load_back(method, loader, folder, tmp_path):
+    if (method, loader) == ("VBLORA", "load_adapter"):
+        pytest.skip("PEFT refuses it")
+    ids = tokens()
+    adapted = adapt(load(folder), SHARED_OR_MADE[method]())
+    adapted.save_pretrained(tmp_path)
+    base = load(folder)
+    assert error(base(ids).logits, adapted(ids).logits) > 0.05
+    LOADERS[loader](base, tmp_path)
+    torch.testing.assert_close(base(ids).logits, adapted(ids).logits)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_weights_of_modules_that_the_config_leaves_out_are_refused_as_that(loader, folder, tmp_path):
+    adapt(load(folder), peft.LoraConfig(r=2, target_modules=["q_proj", "w1"])).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj"]}))
+    way_out = r"\.$" if loader == "PeftModel" else r".*`PeftModel\.from_pretrained`\.$"
+    with pytest.raises(
+        ValueError, match=rf"holds `\S+w1\.lora_A\S+`, .* config asks for no such weight there{way_out}"
+    ):
+        LOADERS[loader](load(folder), tmp_path)
+
+
+@torch.no_grad()
+def test_what_is_loaded_in_part_on_purpose_is(folder, tmp_path):
+    adapted = adapt(load(folder), peft.LoraConfig(r=4, target_modules=["q_proj", "w1"], rank_pattern={"w1": 2}))
+    adapted.save_pretrained(tmp_path)
+    values = peft.get_peft_model_state_dict(adapted)
+    part = {name: value + 1 for name, value in values.items() if "layers.0" in name}
+    peft.set_peft_model_state_dict(adapted, part)
+    values = peft.get_peft_model_state_dict(adapted)
+    assert all(torch.equal(values[name], value) for name, value in part.items())
+    part = {name: value for name, value in adapted.state_dict().items() if "lora_A" in name}
+    assert not adapted.load_state_dict(part, strict=False).unexpected_keys
+    with pytest.raises(RuntimeError, match="Missing key"):  # torch's own
+        adapted.load_state_dict(part)
+
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": {}}))
+    loaded = peft.PeftModel.from_pretrained(load(folder), tmp_path, ignore_mismatched_sizes=True)
+    assert adapter_values(loaded).keys() == adapter_values(adapted).keys()
+
+
 # --- the Trainer
 
 

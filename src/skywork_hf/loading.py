@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightRenaming
 
 from .headers import read_headers, refuse_undeclared_quantization
 
@@ -16,10 +18,11 @@ class SkyworkLoadingMixin(PreTrainedModel):
     """Device maps down to the expert, and refuses quantised weights that the config does not speak of: they would be
     read without their scales."""
 
-    # `placement.dispatch.load_placed` and `quantization.bitsandbytes.unpack`. Set by `registration`, as placement and
-    # quantisation stand above the models.
+    # `placement.dispatch.load_placed`, `quantization.bitsandbytes.unpack` and `.unpack_in_time`. Set by
+    # `registration`, as placement and quantisation stand above the models.
     _load_placed: ClassVar[Callable[..., Any]]
     _unpack: ClassVar[Callable[[Any], None]]
+    _unpack_in_time: ClassVar[Callable[[Any], None]]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
@@ -35,19 +38,22 @@ class SkyworkLoadingMixin(PreTrainedModel):
         if load_config.hf_quantizer is None and state_dict is None and checkpoint_files:
             files = [file for file in checkpoint_files if file.endswith(".safetensors")]
             refuse_undeclared_quantization(read_headers(files))
+        is_adapter = bool(getattr(model, "peft_config", None))  # `model.load_adapter` comes this way
+        if is_adapter:
+            load_config = replace(load_config, weight_mapping=[*(load_config.weight_mapping or []), _dora_renaming()])
         loaded = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
-        if not load_config.ignore_mismatched_sizes:
-            refuse_other_adapter(model, loaded[0])  # `model.load_adapter` comes this way
+        if is_adapter and checkpoint_files and not load_config.ignore_mismatched_sizes:
+            refuse_other_adapter(model, loaded[0])
+        if load_config.hf_quantizer is not None:
+            SkyworkLoadingMixin._unpack_in_time(model)
         return loaded
 
     def post_init(self) -> None:
-        """transformers' own; in addition, what PEFT loads is checked, and what is saved can be read."""
+        """transformers' own; in addition, sizes of what PEFT loads are checked."""
         super().post_init()
-        self.register_state_dict_pre_hook(unpack_before_saving)
         self.register_load_state_dict_pre_hook(refuse_other_sizes)
-        self.register_load_state_dict_post_hook(refuse_other_adapter)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Any:
         """Give every quantised linear its real values in `dtype`, by default that of the rest of the model."""
@@ -56,35 +62,34 @@ class SkyworkLoadingMixin(PreTrainedModel):
         return super().dequantize(dtype or self.dtype)
 
 
-def unpack_before_saving(model: Any, *args: Any) -> None:
-    """A hook of `state_dict`."""
-    type(model)._unpack(model)
-
-
 def refuse_other_adapter(model: Any, loaded: Any) -> None:
-    """Raise ValueError where an adapter was loaded in part: PEFT and transformers go on with what they find.
+    """Raise ValueError where an adapter's file was loaded in part: PEFT and transformers go on with what they find.
 
     Args:
-        model: with adapters of PEFT; any other is left alone.
+        model: one of ours that has adapters, or PEFT's around one; any other is left alone.
         loaded: with the names `missing_keys`, `unexpected_keys` and, if known, (name, shape of the file, shape of the
             model) as `mismatched_keys`.
     """
-    adapters = getattr(model, "peft_config", None)
-    if not adapters:
+    ours = next((module for module in model.modules() if isinstance(module, SkyworkLoadingMixin)), None)
+    if ours is None:
         return
+    adapters = model.peft_config
     weight_of = _adapter_weight(adapters)
-    for name in sorted(filter(weight_of.search, loaded.unexpected_keys)):
-        raise ValueError(f"The adapter holds `{name}`, which the model has no place for: {_why_no_place(model, name)}")
+    for name in sorted(loaded.unexpected_keys):
+        weight = weight_of.search(name)
+        if weight and not _is_made_anew(model, name, weight):
+            why = _why_no_place(model, ours.config, name, name[: weight.start()])
+            raise ValueError(f"The adapter holds `{name}`, which the model has no place for: {why}")
     for name, stored, expected in sorted(getattr(loaded, "mismatched_keys", ())):
         raise _other_size(name, stored, expected)
     own = _by_adapter(weight_of, (name for name, _ in model.named_parameters()))
-    missing = _by_adapter(weight_of, loaded.missing_keys)
+    missing = _by_adapter(weight_of, _missing_parameters(model, loaded.missing_keys))
     for adapter in adapters:
         lacking = missing.get(adapter, [])
         if 0 < len(lacking) < len(own.get(adapter, [])):  # all of them: it was another adapter that was loaded
             raise ValueError(
-                f"The adapter lacks `{min(lacking)}` and {len(lacking) - 1} more weights that its config asks for: it "
-                "was trained on another model, such as one with fewer experts, so load it into that."
+                f"The adapter lacks `{min(lacking)}` and {len(lacking) - 1} more weights that its config asks for: "
+                "it was trained on a model with fewer experts or layers, so load it into that, or with another config."
             )
 
 
@@ -108,32 +113,66 @@ def _other_size(name: str, stored: Iterable[int], expected: Iterable[int]) -> Va
     )
 
 
+def _dora_renaming() -> WeightRenaming:
+    """PEFT saves DoRA's magnitudes without the ".weight" of their names, and transformers would leave them out."""
+    return WeightRenaming(r"(lora_magnitude_vector\.[^.]+)$", r"\1.weight")
+
+
 def _adapter_weight(adapters: dict[str, Any]) -> re.Pattern[str]:
-    """Matches the names of the weights of `adapters`, and in the one group the adapter's, which files leave out:
-    "....w1.lora_A.default.weight" and "....w1.ia3_l.default" are of the adapter "default"."""
+    """Matches the names of the weights of `adapters`, from where their module's ends: `kind` is "lora_A" in
+    "....w1.lora_A.default.weight" and "ia3_l" in "....w1.ia3_l.default", and `adapter`, which files leave out, is
+    "default"."""
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING  # there, as there are adapters
 
-    prefixes = {PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type] for config in adapters.values()} | {"modules_to_save"}
+    prefixes = {PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type) for config in adapters.values()} | {
+        "modules_to_save"
+    }
+    kinds = "|".join(re.escape(prefix) for prefix in sorted(filter(None, prefixes)))
     names = "|".join(map(re.escape, sorted(adapters)))
-    return re.compile(rf"\.(?:{'|'.join(map(re.escape, sorted(prefixes)))})\w*(?:\.({names}))?(?:\.|$)")
+    return re.compile(rf"\.(?P<kind>(?:{kinds})\w*)(?:\.(?P<adapter>{names}))?(?:\.|$)")
 
 
 def _by_adapter(weight_of: re.Pattern[str], names: Iterable[str]) -> dict[str, list[str]]:
     grouped: dict[str, list[str]] = {}
     for name in names:
-        if (match := weight_of.search(name)) and match[1]:
-            grouped.setdefault(match[1], []).append(name)
+        if (match := weight_of.search(name)) and match["adapter"]:
+            grouped.setdefault(match["adapter"], []).append(name)
     return grouped
 
 
-def _why_no_place(model: Any, name: str) -> str:
+def _missing_parameters(model: Any, missing: Iterable[str]) -> list[str]:
+    """The first names of the parameters that have no name but `missing` ones: layers share some, as VB-LoRA's bank."""
+    names_of: dict[torch.nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(parameter, []).append(name)
+    missing = set(missing)
+    return [names[0] for names in names_of.values() if missing.issuperset(names)]
+
+
+def _is_made_anew(model: Any, name: str, weight: re.Match[str]) -> bool:
+    """Whether PEFT makes it of the config's seed: projections that all layers share, as RandLoRA's, and what a layer
+    keeps outside its parameters, as SHiRA's indices."""
+    module = name[: weight.start()]
+    if module == "base_model":
+        return True
+    kept = getattr(dict(model.named_modules()).get(module), weight["kind"], None)
+    return isinstance(kept, dict) and weight["adapter"] in kept
+
+
+def _why_no_place(model: Any, config: Any, name: str, module: str) -> str:
     layer = re.search(r"\.layers\.(\d+)\.", name)
-    if layer and int(layer[1]) >= model.config.num_hidden_layers:
+    if layer and int(layer[1]) >= config.num_hidden_layers:
         return "it was trained on a model with more layers, so load it into that."
-    layout = getattr(model.config, "experts_layout", None)
-    if layout is None or ".experts." not in name:
-        return "it was trained on another model, so load it into that."
-    if layout == "modular" and re.search(r"\.experts\.\d+\.", name):
+    layout = getattr(config, "experts_layout", None)
+    expert = re.search(r".*\.experts\.(\d+(?=\.))?", name) if layout else None
+    if expert and (layout == "fused" or not expert[1]):  # into fused ones, PEFT renames those of modular experts
+        other = "modular" if layout == "fused" else "fused"
+        return f'its experts are in the other layout, so load the model with experts_layout="{other}".'
+    modules = dict(model.named_modules())
+    if module in modules:
+        by_transformers = isinstance(model, SkyworkLoadingMixin)
+        way_out = ", or transformers does not know it: try `PeftModel.from_pretrained`." if by_transformers else "."
+        return f"its config asks for no such weight there{way_out}"
+    if expert and expert[0] not in modules:
         return "it was trained on a model with more experts, so load it into that."
-    other = "fused" if layout == "modular" else "modular"
-    return f'its experts are in the other layout, so load the model with experts_layout="{other}".'
+    return "it was trained on another model, so load it into that."

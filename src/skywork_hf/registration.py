@@ -20,11 +20,11 @@ from transformers.utils import logging
 
 from .configuration_skywork import FP8_METHOD, SkyworkConfig, SkyworkMoeConfig
 from .importing import when_imported
-from .loading import SkyworkLoadingMixin
+from .loading import SkyworkLoadingMixin, refuse_other_adapter
 from .modeling_skywork import SkyworkForCausalLM, SkyworkForSequenceClassification, SkyworkModel
 from .modeling_skywork_moe import SkyworkMoeForCausalLM, SkyworkMoeModel
 from .placement.dispatch import load_placed
-from .quantization.bitsandbytes import keep_trainable, unpack
+from .quantization.bitsandbytes import keep_unpacked, unpack, unpack_in_time
 from .quantization.config import INT8_METHOD, SkyworkFp8Config, SkyworkInt8Config
 from .quantization.linear import refuse_merging, refuse_reading_codes
 from .quantization.quantizers import SkyworkFp8Quantizer, SkyworkInt8Quantizer
@@ -53,11 +53,13 @@ def register() -> None:
     USER_REGISTERED_MAPPINGS.discard(SkyworkMoeConfig.model_type)
     SkyworkLoadingMixin._load_placed = staticmethod(load_placed)
     SkyworkLoadingMixin._unpack = staticmethod(unpack)
+    SkyworkLoadingMixin._unpack_in_time = staticmethod(unpack_in_time)
     _register_quantizer(FP8_METHOD, SkyworkFp8Config, SkyworkFp8Quantizer)
     _register_quantizer(INT8_METHOD, SkyworkInt8Config, SkyworkInt8Quantizer)
     when_imported("transformers.trainer", _report_router_load)
     when_imported("peft.utils.constants", _set_default_targets)
     when_imported("peft.tuners.tuners_utils", _check_adapters)
+    when_imported("peft.peft_model", _check_loaded_adapters)
 
 
 def _register_quantizer(method: str, config_class: Any, quantizer_class: Any) -> None:
@@ -92,6 +94,7 @@ def _check_adapters(tuners: Any) -> None:
     """Where PEFT has made adapters, and where it refuses what it cannot merge into; it asks nothing that a layer could
     answer."""
     check, inject = tuners.BaseTuner._check_merge_allowed, tuners.BaseTuner.inject_adapter
+    unmerge = tuners.BaseTuner.unmerge_adapter
     if check.__module__ == __name__:
         return  # `register` was called again
 
@@ -101,15 +104,38 @@ def _check_adapters(tuners: Any) -> None:
             unpack(tuner.model)
         check(tuner)
 
+    def unmerge_adapter(tuner: Any) -> None:
+        if isinstance(tuner.model, SkyworkLoadingMixin):
+            unpack(tuner.model)
+        unmerge(tuner)
+
     def inject_adapter(tuner: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         inject(tuner, model, adapter_name, *args, **kwargs)
         config = tuner.peft_config[adapter_name]
         refuse_reading_codes(model, config.peft_type.value)
-        if isinstance(model, SkyworkLoadingMixin) and not config.inference_mode:
-            keep_trainable(model)
+        reads_weights = not config.inference_mode or getattr(config, "use_dora", False)
+        if reads_weights and isinstance(model, SkyworkLoadingMixin):
+            keep_unpacked(model)
 
     tuners.BaseTuner._check_merge_allowed = check_merge_allowed
+    tuners.BaseTuner.unmerge_adapter = unmerge_adapter
     tuners.BaseTuner.inject_adapter = inject_adapter
+
+
+def _check_loaded_adapters(peft_model: Any) -> None:
+    """Where PEFT has read an adapter's file."""
+    load = peft_model.PeftModel.load_adapter
+    if load.__module__ == __name__:
+        return  # `register` was called again
+
+    def load_adapter(model: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = load(model, *args, **kwargs)
+        if not kwargs.get("ignore_mismatched_sizes"):
+            refuse_other_adapter(model, loaded)
+        return loaded
+
+    load_adapter.__doc__ = load.__doc__
+    peft_model.PeftModel.load_adapter = load_adapter
 
 
 def _warn_if_taken(registry: Any, name: str, ours: type) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 
-def unpack(model: nn.Module) -> None:
-    """Give 4-bit weights back the form that they were loaded in; their blocks' scales stay rounded to bfloat16."""
+def unpack(model: nn.Module, *_: Any) -> None:
+    """Give 4-bit weights back the form that they were loaded in; their blocks' scales stay rounded to bfloat16. Also a
+    hook of `state_dict`."""
     for module in model.modules():
         weight: Any = getattr(module, "weight", None)
         if not getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
@@ -23,10 +24,23 @@ def unpack(model: nn.Module) -> None:
         weight.quant_state = state
 
 
-def keep_trainable(model: nn.Module) -> None:
-    """Let gradients pass 4-bit weights, whatever runs before: adapters below packed ones would learn nothing, in
-    silence."""
+def unpack_in_time(model: nn.Module) -> None:
+    """Have every layer unpack its weight before it is saved, be it alone, and before gradients pass it, whatever is
+    trained: what is below packed weights would learn from wrong ones, in silence."""
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.register_state_dict_pre_hook(unpack)
+            module.register_forward_pre_hook(_unpack_for_gradients)
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Pack no weights from now on: DoRA reads them in every forward pass, and adapters in training at any time."""
     unpack(model)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _unpack_for_gradients(layer: nn.Module, inputs: Any) -> None:
+    if layer.training or inputs[0].requires_grad:  # where bitsandbytes does not pack
+        unpack(layer)
