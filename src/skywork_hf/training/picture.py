@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from .router_load import RouterLoad
 
@@ -26,6 +24,9 @@ def draw_router(log_history: list[dict[str, Any]], last: RouterLoad, layers: lis
         last: the load of the last step.
         layers: the numbers of the MoE layers.
     """
+    import matplotlib  # an extra
+    from matplotlib.figure import Figure
+
     colours = matplotlib.colormaps[_COLOURS](np.linspace(0, 0.9, len(layers)))
     entries = [entry for entry in log_history if "router/coefficient" in entry]
     figure = Figure(figsize=_SIZE, layout="constrained")
