@@ -12,7 +12,7 @@ import pytest
 import torch
 from simulated_device import SimulatedDevices
 from test_placement_dispatch import GPUS, expert_map
-from tiny import LAYOUTS, tiny_dense_config, tiny_moe_config, tokens
+from tiny import LAYOUTS, stir, tiny_dense_config, tiny_moe_config, tokens
 from torch import nn
 from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -64,10 +64,7 @@ def adapt(model: Any, config: Any) -> Any:
     """With adapters that change something, the same ones in every model."""
     torch.manual_seed(5)
     adapted = peft.get_peft_model(model, config)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) / 10)
+    stir(adapted)
     return adapted.eval()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_dense_config, tiny_moe_config, tokens
+from tiny import stir, tiny_dense_config, tiny_moe_config, tokens
 from transformers import AutoModelForCausalLM
 
 from skywork_hf import SkyworkForCausalLM, SkyworkMoeForCausalLM
@@ -34,10 +34,7 @@ def adapter_of(base: Path, folder: Path, rows: int | None = None, dtype: Any = "
     if rows is not None:
         model.resize_token_embeddings(rows)
     adapted = peft.get_peft_model(model, options.pop("config", None) or peft.LoraConfig(**options))
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) / 10)
+    stir(adapted)
     adapted.save_pretrained(folder)
     return adapted
 

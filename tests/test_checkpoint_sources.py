@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_dense_config, tiny_moe_config, tokens
+from tiny import stir, tiny_dense_config, tiny_moe_config, tokens
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -316,10 +316,7 @@ def adapted(dense: Path, folder: Path, config: Any) -> Any:
     """An adapter of the checkpoint with random weights, saved; PEFT's model."""
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(dense), config(peft))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) / 10)
+    stir(model)
     model.save_pretrained(folder)
     return model
 

@@ -27,7 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import checkpoint, golden, tiny_dense_config, tiny_moe_config, tokens
+from tiny import checkpoint, golden, stir, tiny_dense_config, tiny_moe_config, tokens
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -357,10 +357,7 @@ def adapter_of(model: Any, folder: Path, **options: Any) -> Any:
     config = options.pop("config", None) or peft.LoraConfig(init_lora_weights=False, **options)
     adapted = peft.get_peft_model(model, config)
     torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) / 10)
+    stir(adapted)
     adapted.save_pretrained(folder)
     return adapted.merge_and_unload()
 

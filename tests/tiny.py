@@ -42,3 +42,11 @@ def tiny_moe_config(**changes: Any) -> SkyworkMoeConfig:
 def tokens(batch: int = 2, length: int = 10, vocab: int = 67) -> torch.Tensor:
     """Random ids, none of them padding, bos or eos."""
     return torch.randint(3, vocab, (batch, length))
+
+
+@torch.no_grad()
+def stir(adapted: Any) -> None:
+    """Change all that is trained a little, so that an adapter does something."""
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter) / 10)
