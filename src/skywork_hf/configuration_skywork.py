@@ -14,6 +14,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from .compat import CACHE
+
 EXPERTS_LAYOUTS = ("modular", "fused")
 # What we call `fp8` with one scale for each matrix, once it is read: transformers' own `fp8` is another format, with
 # scales for blocks. Files say `fp8`.
@@ -252,7 +254,7 @@ class SkyworkMoeConfig(_SkyworkConfigMixin, MixtralConfig):
 
     model_type = "skywork_moe"
     # What the Trainer would otherwise gather from all batches of an evaluation.
-    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "router_logits"]
+    keys_to_ignore_at_inference = [CACHE, "aux_loss", "router_logits"]
 
     vocab_size: int = 65519
     hidden_size: int = 4608

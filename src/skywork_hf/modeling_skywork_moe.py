@@ -19,7 +19,6 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.mistral.modeling_mistral import MistralMLP
 from transformers.models.mixtral.modeling_mixtral import (
     MixtralAttention,
@@ -35,6 +34,7 @@ from transformers.models.mixtral.modeling_mixtral import (
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder
 
+from .compat import CACHE, cache_argument, slice_logits_to_keep
 from .configuration_skywork import SkyworkMoeConfig
 from .loading import SkyworkLoadingMixin
 from .losses import SkyworkLossMixin, at_least_one, target_count
@@ -403,11 +403,13 @@ class SkyworkMoeForCausalLM(SkyworkMoePreTrainedModel, MixtralForCausalLM):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
         """As `MixtralForCausalLM.forward`, but for the auxiliary loss: `aux_loss`, given where router logits are asked
         for, is the sum over the MoE layers of `load_balancing_loss`, and `loss` then contains each layer's times
-        `config.router_aux_loss_coef` or its own of `aux_loss_coefficients`.
+        `config.router_aux_loss_coef` or its own of `aux_loss_coefficients`. `cache` is the newer name of
+        `past_key_values`; either is taken.
 
         Where a batch is a part of a step, and the Trainer says by `num_items_in_batch` how many target tokens the
         step has, the batch's auxiliary loss counts by its share of these, so that a step has the mean over its
@@ -418,10 +420,10 @@ class SkyworkMoeForCausalLM(SkyworkMoePreTrainedModel, MixtralForCausalLM):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
+            **cache_argument(past_key_values, cache),
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
@@ -441,10 +443,10 @@ class SkyworkMoeForCausalLM(SkyworkMoePreTrainedModel, MixtralForCausalLM):
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def _weighted(self, layer_losses: torch.Tensor) -> torch.Tensor:

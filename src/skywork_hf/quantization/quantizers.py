@@ -164,6 +164,12 @@ class SkyworkFp8Quantizer(_SkyworkQuantizer):
         )
         return False
 
+    def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        super()._process_model_before_weight_loading(model, *args, **kwargs)
+        if self.pre_quantized and self.scheme != "static":
+            ignored = {rf"\.{name}$" for name in checks.INPUT_SCALE_NAMES}
+            model._keys_to_ignore_on_load_unexpected = ignored | set(model._keys_to_ignore_on_load_unexpected or ())
+
     def _check_quantized(self, stored: dict[str, StoredTensor], name: str) -> list[StoredTensor]:
         return checks.check_fp8(stored, name, static=self.scheme == "static")
 
@@ -184,12 +190,9 @@ class SkyworkFp8Quantizer(_SkyworkQuantizer):
 
         return make
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         if not self.pre_quantized:
             return weight_conversions
-        if self.scheme != "static":
-            ignored = {rf"\.{name}$" for name in checks.INPUT_SCALE_NAMES}
-            model._keys_to_ignore_on_load_unexpected = ignored | set(model._keys_to_ignore_on_load_unexpected or ())
         current, released = checks.INPUT_SCALE_NAMES
         renaming = WeightRenaming(rf"\.{released}", f".{current}")
         names = ["weight", "weight_scale", current]
