@@ -291,11 +291,18 @@ class SkyworkMoeConfig(_SkyworkConfigMixin, MixtralConfig):
         return not (self.moe_feature_no_mul_topk or self.moe_use_mixtral_gating)
 
     @property
-    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
+    def base_model_tp_plan(self) -> dict[str, str]:
         """Tensor parallelism: attention and dense layers as in Llama, experts as their layout has them."""
         dense = self.moe_expert_interval > 1
         plan = {key: style for key, style in LlamaConfig.base_model_tp_plan.items() if dense or ".mlp." not in key}
-        return plan | (_MODULAR_TP_PLAN if self.experts_layout == "modular" else _FUSED_TP_PLAN)
+        tied = {"embed_tokens": "embedding_rowwise"} if self.tie_word_embeddings else {}
+        return plan | (_MODULAR_TP_PLAN if self.experts_layout == "modular" else _FUSED_TP_PLAN) | tied
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str]) -> None:
+        """transformers 5.19 sets it, with the tied embeddings, which it has."""
+        if plan != self.base_model_tp_plan:
+            raise AttributeError("`base_model_tp_plan` follows from `experts_layout`, and cannot be set.")
 
     @property
     def base_model_ep_plan(self) -> dict[str, str] | None:  # type: ignore[override]

@@ -27,7 +27,7 @@ class _SkyworkQuantizer(HfQuantizer):
     """What FP8 and int8 share."""
 
     quantization_config: SkyworkFp8Config | SkyworkInt8Config
-    quantized_element_size = 1
+    stored_dtype: torch.dtype  # of the weights in a quantised checkpoint
 
     def is_serializable(self) -> bool:
         return True
@@ -50,6 +50,9 @@ class _SkyworkQuantizer(HfQuantizer):
         quantized = isinstance(model.get_submodule(module_name), SkyworkQuantizedLinear)
         return quantized and tensor_name == "weight" and not self.pre_quantized
 
+    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
+        return 1 if self.param_needs_quantization(model, param_name) else param.element_size()
+
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Quantised weights stay as they are stored; all else is cast as in any checkpoint."""
         return None if dtype in (kernels.FP8, torch.int8) else dtype
@@ -70,6 +73,9 @@ class _SkyworkQuantizer(HfQuantizer):
                 quantized = make(name, linear)
             # What is missing was refused above, so transformers need not initialise it, which it cannot do for int8.
             quantized._is_hf_initialized = True  # type: ignore[assignment]
+            # transformers 5.19 casts what it reads to the dtype that it finds here, before anything is quantised.
+            dtype = self.stored_dtype if self.pre_quantized else linear.weight.dtype
+            quantized.weight = nn.Parameter(torch.empty_like(linear.weight, dtype=dtype), requires_grad=False)
             model.set_submodule(name, quantized)
 
     def _check(self, stored: dict[str, StoredTensor], names: list[str]) -> list[StoredTensor]:
@@ -120,6 +126,7 @@ class SkyworkInt8Quantizer(_SkyworkQuantizer):
     """Loads `SkyworkInt8Config`."""
 
     quantization_config: SkyworkInt8Config
+    stored_dtype = torch.int8
 
     def _check_quantized(self, stored: dict[str, StoredTensor], name: str) -> list[StoredTensor]:
         return checks.check_int8(stored, name)
@@ -141,6 +148,7 @@ class SkyworkFp8Quantizer(_SkyworkQuantizer):
     """Loads `SkyworkFp8Config`, and the released FP8 checkpoint."""
 
     quantization_config: SkyworkFp8Config
+    stored_dtype = kernels.FP8
 
     @property
     def scheme(self) -> str:
@@ -195,12 +203,15 @@ class SkyworkFp8Quantizer(_SkyworkQuantizer):
             return weight_conversions
         current, released = checks.INPUT_SCALE_NAMES
         renaming = WeightRenaming(rf"\.{released}", f".{current}")
-        names = ["weight", "weight_scale", current]
+        names = ["weight_scale", current, "weight"]  # as the first name that a key begins with is taken
         converter = [WeightConverter(names, "weight", [_Fp8ToInt8()])] if self.quantization_config.int8_devices else []
         return [renaming, *weight_conversions, *converter]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         super()._process_model_after_weight_loading(model)
+        for module in _quantized_linears(model).values():
+            if module.weight.is_meta and isinstance(module, SkyworkInt8Linear):
+                module.weight = nn.Parameter(module.weight.to(torch.int8), requires_grad=False)  # as the disk has it
         # What is saved has the names that the model has, whatever the files it came from had.
         model._weight_conversions = []
         if all(isinstance(module, SkyworkInt8Linear) for module in _quantized_linears(model).values()):
