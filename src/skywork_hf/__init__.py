@@ -1,44 +1,61 @@
-"""Skywork-13B and Skywork-MoE as ordinary transformers models: importing this package is all it takes."""
+"""Skywork-13B and Skywork-MoE as ordinary Hugging Face transformers models: importing this package is all it takes.
 
-from importlib.metadata import version
+It costs next to nothing until transformers is used, as the public names are loaded when they are asked for.
+"""
+
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .configuration_skywork import SkyworkConfig, SkyworkMoeConfig
-from .modeling_skywork import SkyworkForCausalLM, SkyworkForSequenceClassification, SkyworkModel
-from .modeling_skywork_moe import SkyworkMoeForCausalLM, SkyworkMoeModel
-from .placement import collect_expert_usage, placement_report, plan_device_map
-from .quantization import SkyworkFp8Config, SkyworkInt8Config
 from .registration import register
-from .tokenization_skywork import SkyworkTokenizer
 
 if TYPE_CHECKING:
-    from .training import AdaptiveAuxLossCallback
+    from .configuration_skywork import SkyworkConfig as SkyworkConfig
+    from .configuration_skywork import SkyworkMoeConfig as SkyworkMoeConfig
+    from .modeling_skywork import SkyworkForCausalLM as SkyworkForCausalLM
+    from .modeling_skywork import SkyworkForSequenceClassification as SkyworkForSequenceClassification
+    from .modeling_skywork import SkyworkModel as SkyworkModel
+    from .modeling_skywork_moe import SkyworkMoeForCausalLM as SkyworkMoeForCausalLM
+    from .modeling_skywork_moe import SkyworkMoeModel as SkyworkMoeModel
+    from .placement import collect_expert_usage as collect_expert_usage
+    from .placement import placement_report as placement_report
+    from .placement import plan_device_map as plan_device_map
+    from .quantization import SkyworkFp8Config as SkyworkFp8Config
+    from .quantization import SkyworkInt8Config as SkyworkInt8Config
+    from .tokenization_skywork import SkyworkTokenizer as SkyworkTokenizer
+    from .training import AdaptiveAuxLossCallback as AdaptiveAuxLossCallback
 
-__version__ = version("skywork-hf")
-__all__ = [
-    "AdaptiveAuxLossCallback",
-    "SkyworkConfig",
-    "SkyworkForCausalLM",
-    "SkyworkForSequenceClassification",
-    "SkyworkFp8Config",
-    "SkyworkInt8Config",
-    "SkyworkModel",
-    "SkyworkMoeConfig",
-    "SkyworkMoeForCausalLM",
-    "SkyworkMoeModel",
-    "SkyworkTokenizer",
-    "collect_expert_usage",
-    "placement_report",
-    "plan_device_map",
-]
+    __version__: str
+
+_MODULES = {
+    "AdaptiveAuxLossCallback": "training",
+    "SkyworkConfig": "configuration_skywork",
+    "SkyworkForCausalLM": "modeling_skywork",
+    "SkyworkForSequenceClassification": "modeling_skywork",
+    "SkyworkFp8Config": "quantization",
+    "SkyworkInt8Config": "quantization",
+    "SkyworkModel": "modeling_skywork",
+    "SkyworkMoeConfig": "configuration_skywork",
+    "SkyworkMoeForCausalLM": "modeling_skywork_moe",
+    "SkyworkMoeModel": "modeling_skywork_moe",
+    "SkyworkTokenizer": "tokenization_skywork",
+    "collect_expert_usage": "placement",
+    "placement_report": "placement",
+    "plan_device_map": "placement",
+}
+__all__ = list(_MODULES)  # noqa: PLE0605
 
 register()
 
 
 def __getattr__(name: str) -> Any:
-    # When it is asked for: it takes transformers' Trainer, whose import takes seconds.
-    if name == "AdaptiveAuxLossCallback":
-        from .training import AdaptiveAuxLossCallback
+    if name == "__version__":
+        return import_module("importlib.metadata").version("skywork-hf")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module("transformers")  # which registers, before a module of ours waits for it
+    value = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    return value
 
-        return AdaptiveAuxLossCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
