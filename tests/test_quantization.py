@@ -134,6 +134,24 @@ def test_what_is_saved_is_what_vllm_reads(scheme, tmp_path):
     assert torch.equal(golden_logits(again, FP8), golden_logits(model, FP8))
 
 
+@pytest.mark.parametrize("config", [SkyworkFp8Config("dynamic"), SkyworkFp8Config("none"), SkyworkInt8Config(False)])
+def test_a_dict_is_the_config_that_writes_it(config, bf16_folder, tmp_path):
+    written = config.to_dict()
+    model = load(bf16_folder, quantization_config=written)
+    of_config = load(bf16_folder, quantization_config=config)
+    assert written == config.to_dict()
+    assert type(model.config.quantization_config) is type(config)
+    assert {type(layer) for layer in quantised(model).values()} == {type(next(iter(quantised(of_config).values())))}
+    ids = tokens()
+    assert torch.equal(model(ids).logits, of_config(ids).logits)
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved", quantization_config=written)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    with_block_scales = tiny_moe_config(quantization_config={**written, "weight_block_size": [128, 128]})
+    method = "skywork_int8" if isinstance(config, SkyworkInt8Config) else "fp8"
+    assert with_block_scales.quantization_config["quant_method"] == method
+
+
 def test_no_quantization_config_is_the_checkpoints_own():
     assert len(quantised(load(checkpoint(FP8), quantization_config=None))) == QUANTISED_LINEARS
 

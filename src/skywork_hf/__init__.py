@@ -42,7 +42,7 @@ _MODULES = {
     "placement_report": "placement",
     "plan_device_map": "placement",
 }
-__all__ = list(_MODULES)  # noqa: PLE0605
+__all__ = list(_MODULES)
 
 register()
 

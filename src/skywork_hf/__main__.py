@@ -1,5 +1,5 @@
-"""Run somebody else's program with the Skywork classes registered: `python -m skywork_hf SCRIPT.py [args]`, or
-`python -m skywork_hf -m MODULE [args]` (`-m lm_eval`, `-m trl`, `-m transformers`, ...)."""
+"""Run somebody else's program with the Skywork classes registered, in it and in the processes that it starts:
+`python -m skywork_hf SCRIPT.py [args]`, or `python -m skywork_hf -m MODULE [args]` (`-m lm_eval`, `-m trl`, ...)."""
 
 import os
 import runpy
@@ -7,12 +7,13 @@ import sys
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 
-import skywork_hf  # noqa: F401  (importing registers)
+from .registration import VARIABLE
 
 USAGE = "usage: python -m skywork_hf SCRIPT.py [args ...]\n       python -m skywork_hf -m MODULE [args ...]"
 
 
 def main() -> None:
+    os.environ[VARIABLE] = "1"
     match sys.argv[1:]:
         case ["-m", module, *args]:
             sys.argv = [module, *args]

@@ -6,9 +6,10 @@ when it is read, so the models below see one spelling of every fact, and what is
 
 from __future__ import annotations
 
+import re
 from copy import copy
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig
@@ -82,6 +83,7 @@ class _SkyworkConfigMixin(_ConfigBase):
 
     default_theta = 10000.0
     tokenizer_class = "SkyworkTokenizer"  # for folders with no tokenizer_config.json
+    _family = "Skywork"  # which the names of its classes begin with
 
     hidden_size: int
     num_attention_heads: int
@@ -102,7 +104,6 @@ class _SkyworkConfigMixin(_ConfigBase):
         family = cls._family_of(config_dict)
         if family is not cls:
             return family.from_dict(config_dict, **kwargs)
-        config_dict = _with_our_fp8(config_dict)
         if kwargs.get("quantization_config", ...) is None:
             del kwargs["quantization_config"]  # the default of `from_pretrained`, not a wish to forget the file's
         loaded = super().from_dict(config_dict, **kwargs)
@@ -138,6 +139,12 @@ class _SkyworkConfigMixin(_ConfigBase):
     def __post_init__(self, **kwargs: Any) -> None:
         for leftover in _RELEASED_LEFTOVERS:
             kwargs.pop(leftover, None)
+        if is_our_fp8(quantization := kwargs.get("quantization_config")):
+            kwargs["quantization_config"] = {**quantization, "quant_method": FP8_METHOD}
+        # The released MoE checkpoint gives the dense family's, by which other programs look up the class.
+        self.architectures = self.architectures and [
+            re.sub("^Skywork(Moe)?(?=Model$|ForCausalLM$)", self._family, name) for name in self.architectures
+        ]
         # transformers writes into these two; the caller's own dicts stay as they are.
         self.rope_parameters = copy(self.rope_parameters)
         kwargs["rope_scaling"] = copy(kwargs.get("rope_scaling"))
@@ -169,13 +176,11 @@ class _SkyworkConfigMixin(_ConfigBase):
             )
 
 
-def _with_our_fp8(config_dict: dict[str, Any]) -> dict[str, Any]:
-    quantization = config_dict.get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
-        return config_dict
-    if quantization.get("weight_block_size"):
-        return config_dict
-    return {**config_dict, "quantization_config": {**quantization, "quant_method": FP8_METHOD}}
+def is_our_fp8(quantization: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether `quantization`, a `quantization_config` as files have it, is the FP8 with one scale for each matrix."""
+    if not isinstance(quantization, dict) or quantization.get("weight_block_size"):
+        return False
+    return quantization.get("quant_method") in ("fp8", FP8_METHOD)
 
 
 def _as_in_files(config_dict: dict[str, Any]) -> dict[str, Any]:
@@ -253,6 +258,7 @@ class SkyworkMoeConfig(_SkyworkConfigMixin, MixtralConfig):
     """
 
     model_type = "skywork_moe"
+    _family = "SkyworkMoe"
     # What the Trainer would otherwise gather from all batches of an evaluation.
     keys_to_ignore_at_inference = [CACHE, "aux_loss", "router_logits"]
 

@@ -46,7 +46,7 @@ def _register_classes(transformers: Any) -> None:
     for config in configs:
         _warn_if_taken(transformers.CONFIG_MAPPING, config.model_type, config)
         transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
-    models: tuple[tuple[Any, dict[str, str], tuple[Any, ...]], ...] = (
+    models: tuple[Any, ...] = (
         (transformers.AutoModel, modeling_auto.MODEL_MAPPING_NAMES, (dense.SkyworkModel, moe.SkyworkMoeModel)),
         (
             transformers.AutoModelForCausalLM,
@@ -117,8 +117,9 @@ def _set_default_targets(constants: Any) -> None:
     from .configuration_skywork import SkyworkConfig, SkyworkMoeConfig
 
     expert_names = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
-    for name, targets in vars(constants).items():
-        if re.fullmatch(r"TRANSFORMERS_MODELS_TO_\w+_MODULES_MAPPING", name) and isinstance(targets, dict) and "llama" in targets:
+    mappings = re.compile(r"TRANSFORMERS_MODELS_TO_\w+_MODULES_MAPPING")
+    for targets in [value for name, value in vars(constants).items() if mappings.fullmatch(name)]:
+        if isinstance(targets, dict) and "llama" in targets:
             targets[SkyworkConfig.model_type] = list(targets["llama"])
             of_moe = targets.get("mixtral", targets["llama"])
             targets[SkyworkMoeConfig.model_type] = [expert_names.get(target, target) for target in of_moe]
@@ -241,7 +242,8 @@ class _Finder:
         specs = (other.find_spec(fullname, path, target) for other in others if hasattr(other, "find_spec"))
         spec = next((spec for spec in specs if spec is not None), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            loader: Any = _Loader(spec.loader)
+            spec.loader = loader
         return spec
 
 

@@ -17,6 +17,7 @@ from transformers.integrations.accelerate import get_device
 from transformers.utils import logging
 
 from ..modeling_skywork_moe import SkyworkMoeDecoderLayer, SkyworkMoeExperts, compute_on
+from ..quantization.config import as_config
 from ..quantization.linear import SkyworkQuantizedLinear
 from .hardware import CPU, DISK, fastest_seconds
 from .pages import read_only_when_told, will_be_read
@@ -55,6 +56,8 @@ def load_placed(cls: Any, load: Callable[..., Any], name: Any, *model_args: Any,
         ValueError: it does not fit, or what was loaded is not what was planned.
     """
     lenient = kwargs.pop("lenient_placement", False)
+    if "quantization_config" in kwargs:
+        kwargs["quantization_config"] = as_config(kwargs["quantization_config"])
     plan = kwargs.get("device_map")
     if plan == EXPERTS:
         plan = _plan(cls, name, kwargs)

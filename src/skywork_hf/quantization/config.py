@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..configuration_skywork import FP8_METHOD
+from ..configuration_skywork import FP8_METHOD, is_our_fp8
 
 ACTIVATION_SCHEMES = ("static", "dynamic", "none")
 INT8_METHOD = "skywork_int8"
@@ -65,7 +65,7 @@ class SkyworkFp8Config(QuantizationConfigMixin):
         scheme = "none" if config_dict.get("weight_only") else config_dict.get("activation_scheme")
         if scheme is None:
             raise ValueError(
-                "`quantization_config` of this FP8 checkpoint has no `activation_scheme`; expected one of "
+                "`quantization_config` with FP8 has no `activation_scheme`; expected one of "
                 f"{', '.join(ACTIVATION_SCHEMES)}."
             )
         skipped = config_dict.get("modules_to_not_convert") or config_dict.get("ignored_layers")
@@ -125,6 +125,16 @@ class SkyworkInt8Config(QuantizationConfigMixin):
     def get_loading_attributes(self) -> dict[str, Any]:
         """What overrides the config of a checkpoint that is in int8 already."""
         return {} if self.quantize_activations is None else {"quantize_activations": self.quantize_activations}
+
+
+def as_config(quantization: Any) -> Any:
+    """`quantization_config` of `from_pretrained`: an object of ours for a dict that `to_dict` of one writes, which
+    transformers would take for its own FP8; anything else as it is."""
+    if is_our_fp8(quantization):
+        return SkyworkFp8Config.from_dict(quantization)
+    if isinstance(quantization, dict) and quantization.get("quant_method") == INT8_METHOD:
+        return SkyworkInt8Config.from_dict(quantization)
+    return quantization
 
 
 def _names(modules: list[str] | None) -> list[str] | None:
