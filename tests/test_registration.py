@@ -231,7 +231,6 @@ def test_a_released_config_names_the_class_that_it_is(name, tmp_path):
 
 # After torch, which takes the time; each in a process of its own.
 ORDERS = {
-    "ours first": "import skywork_hf, transformers",
     "a module of ours first": "import skywork_hf.training.aux_loss, transformers",
     "transformers first, and used": "import transformers; from transformers import LlamaModel; import skywork_hf",
     "in threads": """

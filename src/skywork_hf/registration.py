@@ -121,7 +121,7 @@ def _set_default_targets(constants: Any) -> None:
     for targets in [value for name, value in vars(constants).items() if mappings.fullmatch(name)]:
         if isinstance(targets, dict) and "llama" in targets:
             targets[SkyworkConfig.model_type] = list(targets["llama"])
-            of_moe = targets.get("mixtral", targets["llama"])
+            of_moe = targets["mixtral" if "mixtral" in targets else "llama"]
             targets[SkyworkMoeConfig.model_type] = [expert_names.get(target, target) for target in of_moe]
 
 
