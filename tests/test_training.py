@@ -1,12 +1,13 @@
 """The adaptive auxiliary loss, and what is counted of the gates.
 
-torchrun runs this file too: it is then what each of two processes does.
+This file runs as a program too: two processes, forked once all is imported, train together.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -31,10 +32,19 @@ from transformers.utils import ModelOutput
 import skywork_hf
 from skywork_hf import AdaptiveAuxLossCallback, SkyworkForCausalLM, SkyworkInt8Config, SkyworkMoeForCausalLM
 from skywork_hf.modeling_skywork_moe import load_balancing_loss, routing_probabilities
+from skywork_hf.training import picture
 from skywork_hf.training.aux_loss import adapted, logger
-from skywork_hf.training.router_load import RouterLoad, load_of_step, router_sums
+from skywork_hf.training.router_load import RouterLoad, balanced_drop_rate, load_of_step, router_sums
 
 VOCABULARY = 67
+
+
+@pytest.fixture(autouse=True)
+def pictures(monkeypatch) -> list[Path]:
+    """Where pictures would be: drawing takes longer than the trainings here. `test_examples.py` draws."""
+    asked: list[Path] = []
+    monkeypatch.setattr(picture, "draw_router", lambda *given: asked.append(given[-1]))
+    return asked
 
 
 def model_of(**changes: Any) -> SkyworkMoeForCausalLM:
@@ -50,6 +60,10 @@ def rows(count: int, length: int = 12, seed: int = 0, low: int = 3, high: int = 
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(low, high, (count, length), generator=generator)
     return [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in ids]
+
+
+def batch_of(data: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([row[name] for row in data]) for name in ("input_ids", "labels")}
 
 
 class InOrder(IterableDataset):
@@ -135,6 +149,21 @@ def test_a_gate_that_is_certain_gives_no_infinity():
     assert router_load((torch.zeros(2, 4),), config, torch.zeros(1, 2)).drop_rates.tolist() == [0.0]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "factor"),
+    [(256, 16, 2, 1.0), (4096, 16, 2, 1.0), (100, 8, 3, 1.1), (7, 4, 1, 0.5), (50, 2, 2, 1.0)],
+)
+def test_the_drop_rate_of_a_balanced_gate_is_that_of_random_choices(tokens, experts, top_k, factor):
+    config = tiny_moe_config(
+        num_experts=[experts], num_experts_per_tok=top_k, router_capacity_factor=factor, moe_use_logits_norm=False
+    )
+    generator, steps = torch.Generator().manual_seed(0), min(1000, 60_000 // tokens)
+    logits = tuple(torch.randn(tokens, experts, generator=generator) for _ in range(steps))
+    rates = router_load(logits, config).drop_rates
+    error = rates.std(correction=0).item() / steps**0.5
+    assert balanced_drop_rate(tokens, config) == pytest.approx(rates.mean().item(), abs=4 * error + 1e-12)
+
+
 # --- the coefficients
 
 
@@ -189,7 +218,7 @@ def test_a_skewed_layers_coefficient_rises_and_falls_again(tmp_path):
 
 def test_the_loss_has_each_layers_own_coefficient():
     model = model_of().train()
-    batch = {name: torch.stack([row[name] for row in rows(2)]) for name in ("input_ids", "labels")}
+    batch = batch_of(rows(2))
     plain = model(**batch).loss
     with_all = model(**batch, output_router_logits=True)
     per_layer = load_balancing_loss(with_all.router_logits, model.config)
@@ -203,38 +232,38 @@ def test_the_loss_has_each_layers_own_coefficient():
 # --- steps of several batches, processes, padding
 
 
-def one_step(folder: Path, data: list[dict[str, Any]], batch: int, accumulate: int) -> dict[str, torch.Tensor]:
+ONE_STEP = {"max_steps": 1, "learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0.0}
+LOSSES = ("loss", "lm_loss", "router/layer_00/aux_loss", "router/layer_01/aux_loss")
+
+
+def one_step(
+    folder: Path, data: list[dict[str, Any]], batch: int, accumulate: int
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """The weights after a step, and the `LOSSES` that are logged."""
     model = model_of(router_aux_loss_coef=5.0)  # so that it would be seen
-    trainer = trainer_of(
-        model,
-        folder,
-        InOrder(data),
-        max_steps=1,
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=accumulate,
-        learning_rate=0.1,
-        optim="sgd",
-        max_grad_norm=0.0,
-    )
+    sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulate}
+    trainer = trainer_of(model, folder, InOrder(data), **sizes, **ONE_STEP)
     trainer.train()
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
+    return dict(model.named_parameters()), [trainer.state.log_history[0][name] for name in LOSSES]
 
 
 def test_an_accumulated_step_has_the_mean_of_the_auxiliary_losses(tmp_path):
     data = rows(4)
-    once, twice = one_step(tmp_path, data, 4, 1), one_step(tmp_path, data + data, 4, 2)
+    (once, of_once), (twice, of_twice) = one_step(tmp_path, data, 4, 1), one_step(tmp_path, data + data, 4, 2)
     for name, value in once.items():
         torch.testing.assert_close(twice[name], value, msg=name)
+    assert of_twice == pytest.approx(of_once, rel=1e-6)
+    outputs = model_of().train()(**batch_of(data), output_router_logits=True)
+    losses = load_balancing_loss(outputs.router_logits, tiny_moe_config()).tolist()
+    plain = outputs.loss.item() - 0.01 * sum(losses)
+    assert of_once == pytest.approx([plain + 5.0 * sum(losses), plain, *losses], rel=1e-5)
     alone = model_of(router_aux_loss_coef=5.0).get_parameter("model.layers.0.block_sparse_moe.gate.weight")
     assert not torch.allclose(alone, once["model.layers.0.block_sparse_moe.gate.weight"])
 
 
 def test_batches_count_by_their_target_tokens():
     model = model_of(router_aux_loss_coef=3.0).train()
-    batches = [
-        {name: torch.stack([row[name] for row in rows(2, length, seed)]) for name in ("input_ids", "labels")}
-        for seed, length in ((1, 6), (2, 16))
-    ]
+    batches = [batch_of(rows(2, length, seed)) for seed, length in ((1, 6), (2, 16))]
     items = torch.tensor(2 * 5 + 2 * 15)
     got = sum(model(**batch, output_router_logits=True, num_items_in_batch=items).loss for batch in batches)
     outputs = [model(**batch, output_router_logits=True) for batch in batches]
@@ -246,14 +275,14 @@ def test_batches_count_by_their_target_tokens():
 
 def test_coefficients_do_not_depend_on_the_accumulation(tmp_path):
     """Rows that each go to one expert of the first layer: a batch of one drops what a batch of all does not."""
-    found = []
+    found, data = [], rows(4)
+    for row, token in zip(data, (5, 6, 7, 8), strict=True):
+        row["input_ids"] = torch.full((12,), token)
+    plain = model_of(num_experts_per_tok=1)(**batch_of(data)).loss.item()
     for batch, accumulate in ((4, 1), (2, 2), (1, 4)):
         model = model_of(num_experts_per_tok=1)
-        data = rows(4)
-        for row, token in zip(data, (5, 6, 7, 8), strict=True):
-            row["input_ids"] = torch.full((12,), token)
         callback = AdaptiveAuxLossCallback()
-        trainer_of(
+        trainer = trainer_of(
             model,
             tmp_path,
             InOrder(data),
@@ -261,8 +290,10 @@ def test_coefficients_do_not_depend_on_the_accumulation(tmp_path):
             max_steps=1,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulate,
-        ).train()
-        found.append((callback.coefficients, callback._last.statistics()))
+        )
+        trainer.train()
+        found.append((callback.coefficients, without_aux_loss(callback._last)))
+        assert trainer.state.log_history[0]["lm_loss"] == pytest.approx(plain, rel=1e-6)
     logits = model_of(num_experts_per_tok=1)(
         torch.stack([row["input_ids"] for row in data]), output_router_logits=True
     ).router_logits
@@ -271,7 +302,12 @@ def test_coefficients_do_not_depend_on_the_accumulation(tmp_path):
     assert together.drop_rates[0] < min(load.drop_rates[0] for load in of_each)
     for coefficients, statistics in found:
         assert coefficients == found[0][0]
-        torch.testing.assert_close(statistics, together.statistics())
+        torch.testing.assert_close(statistics, without_aux_loss(together))
+
+
+def without_aux_loss(load: RouterLoad) -> dict[str, torch.Tensor]:
+    """What depends on the tokens alone, not on their batches."""
+    return {name: values for name, values in load.statistics().items() if name != "aux_loss"}
 
 
 def test_padding_does_not_count(tmp_path):
@@ -286,8 +322,8 @@ def test_padding_does_not_count(tmp_path):
     )
 
 
-def in_one_of_two_processes(folder: Path) -> None:
-    rank = int(os.environ["RANK"])
+def in_one_of_two_processes(rank: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     data = rows(4)[2 * rank : 2 * rank + 2]
     model = model_of(router_aux_loss_coef=5.0)
     callback = AdaptiveAuxLossCallback()
@@ -296,10 +332,7 @@ def in_one_of_two_processes(folder: Path) -> None:
         folder,
         data,
         callbacks=[callback],
-        max_steps=1,
-        learning_rate=0.1,
-        optim="sgd",
-        max_grad_norm=0.0,
+        **ONE_STEP,
         ddp_backend="gloo",
         accelerator_config={"dispatch_batches": False, "split_batches": False, "even_batches": False},
     )
@@ -309,21 +342,23 @@ def in_one_of_two_processes(folder: Path) -> None:
     )
     trainer.train()
     torch.save({name: value.detach() for name, value in model.named_parameters()}, folder / f"{rank}.pt")
-    (folder / f"{rank}.json").write_text(json.dumps(callback.coefficients))
+    logged = [trainer.state.log_history[0][name] for name in LOSSES]
+    (folder / f"{rank}.json").write_text(json.dumps([callback.coefficients, logged]))
 
 
 def test_two_processes_do_what_one_does_in_two_batches(tmp_path):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, __file__, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    wanted = one_step(tmp_path, rows(4), 2, 2)
+    wanted, losses = one_step(tmp_path, rows(4), 2, 2)
     for rank in range(2):
         got = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for name, value in wanted.items():
             torch.testing.assert_close(got[name], value, msg=name)
-    coefficients = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert coefficients[0] == coefficients[1]
+    (coefficients, logged), (others, _) = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert coefficients == others
+    assert logged == pytest.approx(losses, rel=1e-5)
     # the mean over the processes of the drop rates of their batches
     model, drops = model_of(router_aux_loss_coef=5.0), []
     for start in (0, 2):
@@ -331,7 +366,7 @@ def test_two_processes_do_what_one_does_in_two_batches(tmp_path):
         logits = model(ids, output_router_logits=True).router_logits
         drops.append(router_load(logits, model.config).drop_rates)
     expected = adapted(torch.full((2,), 5.0, dtype=torch.float64), (drops[0] + drops[1]) / 2, model.config)
-    assert coefficients[0] == pytest.approx(expected.tolist())
+    assert coefficients == pytest.approx(expected.tolist())
 
 
 # --- under autocast
@@ -349,7 +384,7 @@ def test_autocast_rounds_neither_the_auxiliary_loss_nor_the_counts():
         results.append((loss.detach(), given.grad, sums))
     for plain, under_autocast in zip(*results, strict=True):
         assert torch.equal(plain, under_autocast)
-    assert results[1][2][0, 4:20].sum() == 4096 * config.num_experts_per_tok
+    assert load_of_step(results[1][2], config).relative_loads.sum() == pytest.approx(16, rel=1e-9)
 
 
 def test_autocast_rounds_no_coefficient():
@@ -410,7 +445,7 @@ def test_reports_have_every_layer_and_the_console_the_means(tmp_path, monkeypatc
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "recorder", Reporter)
     trainer = trainer_of(model_of(), tmp_path, rows(8), report_to="recorder", max_steps=3, eval_strategy="no")
     trainer.train()
-    names = {"coefficient", "drop_rate", "max_load", "min_load", "entropy", "max1_max2", "max2_max3"}
+    names = {"coefficient", "aux_loss", "drop_rate", "max_load", "min_load", "entropy", "max1_max2", "max2_max3"}
     wanted = {f"router/{layer}{name}" for layer in ("", "layer_00/", "layer_01/") for name in names}
     assert len(reported) == 4
     for entry, kept in zip(reported[:3], trainer.state.log_history, strict=False):
@@ -436,6 +471,22 @@ def test_logs_have_the_means_over_the_steps_since_the_last_one(tmp_path):
             wanted = sum(one[f"router/{name}"] for one in of_these) / 3
             assert entry[f"router/{name}"] == pytest.approx(wanted, rel=1e-5)
         assert entry["router/coefficient"] == of_these[-1]["router/coefficient"]
+
+
+def test_it_says_once_that_a_step_has_few_tokens(tmp_path, caplog):
+    """Eight experts with top-2 drop 1.25 sqrt(6) / 40 of 160 tokens even where they are balanced."""
+    logger.warning_once.cache_clear()
+    for length, said in ((16, True), (200, False)):
+        caplog.clear()
+        model = model_of(num_experts=[8], max_position_embeddings=256)
+        batches = {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2}
+        trainer_of(model, tmp_path, InOrder(rows(40, length)), max_steps=2, **batches).train()
+        sentences = [record.message for record in caplog.records if "alpha_max / xi" in record.message]
+        assert len(sentences) == said
+        if said:
+            assert "A step has 160 tokens in a process" in sentences[0]
+            assert "drop 5.5% even where" in sentences[0]
+            assert "above alpha_max / xi = 5.0%" in sentences[0]
 
 
 def test_an_epochs_log_has_the_router_too(tmp_path):
@@ -507,14 +558,14 @@ def test_checkpointing_that_cuts_the_gradient_off_is_refused(tmp_path):
         trainer_of(model_of(), tmp_path, rows(4), max_steps=1, **reentrant).train()
 
 
-def test_nothing_stays_on_the_model(tmp_path):
+def test_nothing_stays_on_the_model(tmp_path, pictures):
     model = model_of()
     hooks = [len(model._forward_hooks), len(model._forward_pre_hooks)]
     trainer = trainer_of(model, tmp_path, rows(8), max_steps=2)
     trainer.train()
     assert [len(model._forward_hooks), len(model._forward_pre_hooks)] == hooks
     assert model.aux_loss_coefficients is None
-    assert (tmp_path / "router.png").stat().st_size > 10_000
+    assert pictures == [tmp_path / "router.png"]
     assert model.train()(**{"input_ids": rows(1)[0]["input_ids"][None]}).router_logits is None
 
 
@@ -532,14 +583,14 @@ def test_a_training_that_broke_off_is_not_counted_twice(tmp_path):
     assert callback._last.tokens.tolist() == [24, 24]
 
 
-def test_without_matplotlib_a_sentence_says_so(tmp_path, monkeypatch, caplog):
+def test_without_matplotlib_a_sentence_says_so(tmp_path, monkeypatch, caplog, pictures):
     real = skywork_hf.training.aux_loss.importlib.util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name, *rest: None if name == "matplotlib" else real(name, *rest)
     )
     trainer_of(model_of(), tmp_path, rows(8), max_steps=1).train()
     assert "router.png is not drawn: it needs matplotlib" in caplog.text
-    assert not (tmp_path / "router.png").exists()
+    assert not pictures
 
 
 # --- what cannot be
@@ -566,6 +617,7 @@ def test_a_loss_of_the_users_own_is_spoken_of(tmp_path):
     with CaptureLogger(logger) as said:
         trainer.train()
     assert "The model gets no labels (as with `compute_loss_func`)" in said.out
+    assert "lm_loss" not in trainer.state.log_history[0]  # whatever `loss` is the sum of
 
 
 def test_a_step_without_targets_leaves_no_nan(tmp_path):
@@ -617,4 +669,8 @@ def test_fields_that_mean_nothing(field, value):
 
 
 if __name__ == "__main__":
-    in_one_of_two_processes(Path(sys.argv[1]))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    arguments = (Path(sys.argv[1]),)
+    torch.multiprocessing.start_processes(in_one_of_two_processes, arguments, nprocs=2, start_method="fork")

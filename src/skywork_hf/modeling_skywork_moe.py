@@ -436,7 +436,7 @@ class SkyworkMoeForCausalLM(SkyworkMoePreTrainedModel, MixtralForCausalLM):
             layer_losses = load_balancing_loss(outputs.router_logits, self.config, attention_mask)
             aux_loss = layer_losses.sum()
             if loss is not None and labels is not None:
-                share = _share_of_step(labels, **kwargs)
+                share = share_of_step(labels, **kwargs)
                 loss = loss + (share * self._weighted(layer_losses)).to(loss.device)
 
         return MoeCausalLMOutputWithPast(
@@ -455,7 +455,7 @@ class SkyworkMoeForCausalLM(SkyworkMoePreTrainedModel, MixtralForCausalLM):
         return (self.aux_loss_coefficients.to(layer_losses.device) * layer_losses).sum()
 
 
-def _share_of_step(
+def share_of_step(
     labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None, **kwargs: Any
 ) -> torch.Tensor | float:
     """How much of the target tokens of an optimiser's step, of which there are `num_items_in_batch`, a batch has."""

@@ -13,8 +13,8 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from ..configuration_skywork import SkyworkMoeConfig
-from ..modeling_skywork_moe import SkyworkMoeForCausalLM
-from .router_load import RouterLoad, load_of_step, router_sums
+from ..modeling_skywork_moe import SkyworkMoeForCausalLM, share_of_step
+from .router_load import RouterLoad, balanced_drop_rate, load_of_step, router_sums
 
 logger = logging.get_logger(__name__)
 
@@ -49,9 +49,11 @@ class AdaptiveAuxLossCallback(TrainerCallback, ExportableState):
     Checkpoints of the Trainer hold the coefficients, and training resumes with them; a second `train()` without a
     checkpoint begins with those of the config again.
 
-    Logged with the loss, under `router/`: for each layer and as means over the layers, the coefficient after the last
-    step and, over the steps since the last log as the loss is, what `RouterLoad.statistics` has. The console shows the
-    means over the layers. At the end `router.png` in the output folder shows the gates' distributions, the ratios and
+    Logged with the loss: `lm_loss`, the loss without the auxiliary one, and under `router/`, for each layer and as
+    means over the layers, the coefficient after the last step and, over the steps since the last log as the loss is,
+    what `RouterLoad.statistics` has, such as `aux_loss`, the auxiliary loss without its coefficient. The console shows
+    the means over the layers. It warns once where a step has so few tokens that chance alone takes the coefficients to
+    their ceiling. At the end `router.png` in the output folder shows the gates' distributions, the ratios and
     the coefficients (report, figures 2-4); it needs matplotlib, the `figures` extra.
 
     Raises, when training begins:
@@ -67,6 +69,8 @@ class AdaptiveAuxLossCallback(TrainerCallback, ExportableState):
         self._sums: torch.Tensor | None = None  # of the step's batches so far
         self._last: RouterLoad | None = None  # of the last whole step, of all processes
         self._unlogged: RouterLoad | None = None  # of the steps since the last log
+        self._added: list[float] = []  # to the loss of each of these steps by the auxiliary loss
+        self._computes_loss = True  # the model, so that its loss has the auxiliary one
         self._handles: list[Any] = []
 
     def state(self) -> dict[str, Any]:
@@ -84,7 +88,7 @@ class AdaptiveAuxLossCallback(TrainerCallback, ExportableState):
                 "without the auxiliary loss: set it to 0, or leave AdaptiveAuxLossCallback out."
             )
         self._remove_hooks()  # of a training that was broken off
-        self._model = _moe_of(model)
+        self._model, self._last = _moe_of(model), None
         self.coefficients = self._first_coefficients(state)
         # Where a checkpoint was written without this callback, the Trainer misses its place.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
@@ -127,12 +131,14 @@ class AdaptiveAuxLossCallback(TrainerCallback, ExportableState):
                 'checkpointed, pass activation_checkpointing_kwargs={"use_reentrant": False}; if nothing there is '
                 "trained, leave AdaptiveAuxLossCallback out."
             )
-        if outputs.loss is None:
+        self._computes_loss = outputs.loss is not None
+        if not self._computes_loss:
             logger.warning_once(
                 "The model gets no labels (as with `compute_loss_func`), so it computes no loss: unless yours adds "
                 "the auxiliary loss, the gates are not balanced, though its coefficients adapt."
             )
-        sums = router_sums(outputs.router_logits, model.config, kwargs.get("attention_mask"))
+        share = share_of_step(**kwargs) if self._computes_loss else 1.0
+        sums = router_sums(outputs.router_logits, model.config, kwargs.get("attention_mask"), share)
         self._sums = sums if self._sums is None else self._sums + sums
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -140,19 +146,24 @@ class AdaptiveAuxLossCallback(TrainerCallback, ExportableState):
             return
         load = load_of_step(self._sums, self._model.config)
         sums: Any = reduce(load.sums, reduction="sum")
-        self._last, self._sums = RouterLoad(sums.cpu(), load.top_k), None
-        self._unlogged = self._last if self._unlogged is None else self._unlogged + self._last
+        is_first, load, self._sums = self._last is None, RouterLoad(sums.cpu(), load.top_k), None
+        if is_first and state.is_world_process_zero:
+            _warn_of_few_tokens(round(load.tokens[0].item() / args.world_size), self._model.config)
+        self._last, self._unlogged = load, load if self._unlogged is None else self._unlogged + load
         before = torch.tensor(self.coefficients, dtype=torch.float64)
-        self.coefficients = adapted(before, self._last.drop_rates, self._model.config).tolist()
+        self._added.append((before * load.aux_losses).sum().item())
+        self.coefficients = adapted(before, load.drop_rates, self._model.config).tolist()
         self._set_coefficients()
 
-    def _take_metrics(self) -> dict[str, float]:
-        """What is logged of the steps since this was called before."""
+    def _take_metrics(self, loss: float) -> dict[str, float]:
+        """What is logged of the steps since this was called before, whose mean loss is `loss`."""
         if self._unlogged is None:
             return {}
-        statistics, self._unlogged = self._unlogged.statistics(), None
+        statistics, added = self._unlogged.statistics(), sum(self._added) / len(self._added)
+        self._unlogged, self._added = None, []
         per_layer = {"coefficient": torch.tensor(self.coefficients, dtype=torch.float64), **statistics}
-        metrics = {f"{PREFIX}{name}": values.mean().item() for name, values in per_layer.items()}
+        metrics = {"lm_loss": loss - added} if self._computes_loss else {}
+        metrics |= {f"{PREFIX}{name}": values.mean().item() for name, values in per_layer.items()}
         for row, layer in enumerate(moe_layers(self._model.config)):
             metrics |= {f"{PREFIX}layer_{layer:02}/{name}": values[row].item() for name, values in per_layer.items()}
         return metrics
@@ -172,7 +183,7 @@ class AdaptiveAuxLossCallback(TrainerCallback, ExportableState):
     def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._sums, self._unlogged = [], None, None
+        self._handles, self._sums, self._unlogged, self._added = [], None, None, []
 
     def _draw(self, state: Any, path: Path) -> None:
         assert self._last is not None
@@ -191,7 +202,7 @@ class ReportRouterLoad(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
         take_metrics = getattr(model, "router_metrics", None)
         if take_metrics and "loss" in (logs or {}):
-            metrics = take_metrics()
+            metrics = take_metrics(logs["loss"])
             logs.update(metrics)
             state.log_history[-1].update(metrics)
 
@@ -199,6 +210,19 @@ class ReportRouterLoad(TrainerCallback):
 def moe_layers(config: SkyworkMoeConfig) -> list[int]:
     """The numbers of the MoE layers, from 0."""
     return [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
+
+
+def _warn_of_few_tokens(tokens: int, config: SkyworkMoeConfig) -> None:
+    rate = balanced_drop_rate(tokens, config) if tokens else 0.0
+    if config.router_aux_loss_xi * rate > config.router_aux_loss_alpha_max:
+        logger.warning_once(
+            f"A step has {tokens} tokens in a process, of which {config.num_local_experts} experts (top "
+            f"{config.num_experts_per_tok}) with router_capacity_factor={config.router_capacity_factor} drop "
+            f"{rate:.1%} even where the gates are balanced. That is above alpha_max / xi = "
+            f"{config.router_aux_loss_alpha_max / config.router_aux_loss_xi:.1%}, so that the coefficients of the "
+            f"auxiliary loss go to their ceiling, {config.router_aux_loss_alpha_max}, whatever the gates do: give a "
+            "step more tokens (larger batches, more gradient accumulation), or raise router_capacity_factor."
+        )
 
 
 def _moe_of(model: Any) -> SkyworkMoeForCausalLM:
