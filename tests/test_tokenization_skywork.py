@@ -19,16 +19,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 from tiny import checkpoint, tiny_dense_config, tiny_moe_config
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.testing_utils import CaptureLogger
 
 from skywork_hf import SkyworkForCausalLM, SkyworkMoeForCausalLM, SkyworkTokenizer
-from skywork_hf.tokenization_skywork import _read_pieces, logger
+from skywork_hf.tokenization_skywork import PIECES, _fields, _read_pieces, logger
 
 FOLDER = checkpoint("skywork-13b-tiny")
 GOLDEN = json.loads((FOLDER / "golden_tokenizer.json").read_text())
 USER, BOT, SEP = 4007, 4008, 4009
 CHAT_TOKENS = {"[USER]": USER, "[BOT]": BOT, "[SEP]": SEP}
+SPECIAL_TOKENS = {"<unk>": 0, "<s>": 1, "</s>": 2}
 ORACLE = sentencepiece.SentencePieceProcessor(model_file=str(FOLDER / "tokenizer.model"))
 PLAIN = SkyworkTokenizer.from_pretrained(FOLDER)
 CHAT = SkyworkTokenizer.from_pretrained(FOLDER)
@@ -58,13 +60,17 @@ def chat(tokenizer: SkyworkTokenizer, *turns: str, system: str | None = None, **
     return tokenizer.apply_chat_template(messages(*turns, system=system), **options)["input_ids"]
 
 
+def varint(number: int) -> bytes:
+    return bytes([number & 127 | 128]) + varint(number >> 7) if number > 127 else bytes([number])
+
+
 def sentencepiece_model(*extra: tuple[str, float, int]) -> bytes:
     """The model of the fixture with more pieces: messages of protobuf add up when they are put one after another."""
     model = (FOLDER / "tokenizer.model").read_bytes()
     for piece, score, kind in extra:
         name = piece.encode()
-        fields = b"\x0a" + bytes([len(name)]) + name + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes([kind])
-        model += b"\x0a" + bytes([len(fields)]) + fields
+        fields = b"\x0a" + varint(len(name)) + name + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes([kind])
+        model += b"\x0a" + varint(len(fields)) + fields
     return model
 
 
@@ -80,13 +86,18 @@ def test_defaults(tokenizer):
     assert tokenizer.padding_side == "left"
 
 
-@pytest.mark.parametrize("row", GOLDEN["plain"], ids=lambda row: row["text"][:20])
-def test_golden_rows(row):
-    assert PLAIN(row["text"])["input_ids"] == row["ids"]
-    assert PLAIN(row["text"], add_special_tokens=False)["input_ids"] == row["ids_no_special"]
-    assert PLAIN.convert_tokens_to_ids(PLAIN.tokenize(row["text"])) == row["ids_no_special"]
-    assert PLAIN.decode(row["ids_no_special"]) == row["decoded"]
-    assert PLAIN.decode(row["ids"], skip_special_tokens=True) == row["decoded"]
+@pytest.mark.parametrize(
+    ("tokenizer", "row"),
+    [*((PLAIN, row) for row in GOLDEN["plain"]), *((CHAT, row) for row in GOLDEN["after_chat_tokens"])],
+    ids=lambda value: value["text"][:20] if isinstance(value, dict) else str(len(value)),
+)
+def test_golden_rows(tokenizer, row):
+    assert tokenizer(row["text"])["input_ids"] == row["ids"]
+    assert tokenizer(row["text"], add_special_tokens=False)["input_ids"] == row["ids_no_special"]
+    assert tokenizer.convert_tokens_to_ids(tokenizer.tokenize(row["text"])) == row["ids_no_special"]
+    assert tokenizer.decode(row["ids"]) == row["decoded_with_special"]
+    for ids in (row["ids"], row["ids_no_special"]):
+        assert tokenizer.decode(ids, skip_special_tokens=True) == row["decoded"]
 
 
 LIKELY = st.sampled_from(
@@ -121,29 +132,30 @@ WITH_CHAT_TOKENS = st.lists(st.one_of(LIKELY, st.sampled_from(list(CHAT_TOKENS))
 @example("<0x41><s>")
 @example("a" * 1000)
 def test_any_text_gives_sentencepieces_ids_and_comes_back(text):
-    ids = PLAIN(text)["input_ids"]
+    ids = PLAIN(text, split_special_tokens=True)["input_ids"]
     if "\0" not in text:  # where SentencePiece's Python binding ends the text
         assert ids == [1, *ORACLE.encode(text)]
     assert PLAIN.decode(ids, skip_special_tokens=True) == text.replace("▁", " ")
 
 
 def ids_of_the_original(text: str) -> list[int]:
-    """Its slow class cut a text at added tokens, took away the white space around them, and encoded part by part."""
-    parts = re.split(r"(\[USER\]|\[BOT\]|\[SEP\])", text)
-    ids = [1]
+    """Its slow class cut a text at tokens, took away the white space around added ones, and encoded part by part."""
+    parts = re.split(r"(\[USER\]|\[BOT\]|\[SEP\]|</?s>|<unk>)", text)
+    ids = []
     for n, part in enumerate(parts):
-        part = part.lstrip() if n > 0 else part
-        part = part.rstrip() if n < len(parts) - 1 else part
-        ids += [CHAT_TOKENS[part]] if n % 2 else ORACLE.encode(part)
+        part = part.lstrip() if parts[n - 1 : n] and parts[n - 1] in CHAT_TOKENS else part
+        part = part.rstrip() if parts[n + 1 : n + 2] and parts[n + 1] in CHAT_TOKENS else part
+        ids += [(CHAT_TOKENS | SPECIAL_TOKENS)[part]] if n % 2 else ORACLE.encode(part)
     return ids
 
 
 @settings(deadline=None, max_examples=300)
 @given(WITH_CHAT_TOKENS)
 @example(" a [USER]  b[SEP]\n[BOT] ")
-def test_chat_tokens_in_any_text_are_those_of_the_original(text):
+@example(" a </s>  b<s>\n[BOT] </s>")
+def test_tokens_in_any_text_are_those_of_the_original(text):
     ids = CHAT(text)["input_ids"]
-    assert ids == ids_of_the_original(text)
+    assert ids == [1, *ids_of_the_original(text)]
     assert CHAT.convert_tokens_to_ids(CHAT.tokenize(text)) == ids[1:]
 
 
@@ -183,13 +195,12 @@ def test_other_ways_to_decode():
     assert CHAT.decode([361, 99999]) == "The"  # a row of the model that no token has
 
 
-def test_special_tokens_in_text_on_request(tokenizer):
+def test_special_tokens_are_text_on_request(tokenizer):
     literal = [1, 954, *ORACLE.encode("x</s>")[1:]]
-    assert tokenizer("x</s>")["input_ids"] == literal
-    assert tokenizer("x</s>", split_special_tokens=False)["input_ids"] == [1, 954, 2]
-    assert tokenizer("x</s>")["input_ids"] == literal
-    parsing = AutoTokenizer.from_pretrained(FOLDER, split_special_tokens=False)
-    assert parsing("x</s>")["input_ids"] == [1, 954, 2]
+    assert tokenizer("x</s>")["input_ids"] == [1, 954, 2]
+    assert tokenizer("x</s>", split_special_tokens=True)["input_ids"] == literal
+    assert tokenizer("x</s>")["input_ids"] == [1, 954, 2]
+    assert AutoTokenizer.from_pretrained(FOLDER, split_special_tokens=True)("x</s>")["input_ids"] == literal
 
 
 @settings(deadline=None, max_examples=300)
@@ -215,11 +226,17 @@ def test_batches_pad_on_the_left_with_unk(tokenizer):
     assert batch["attention_mask"].tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
 
 
-def test_tokens_that_users_add(tokenizer):
+def test_tokens_that_users_add(tokenizer, tmp_path):
     assert tokenizer.add_tokens(["<mine>"]) == 1
-    assert tokenizer.add_special_tokens({"extra_special_tokens": ["<special>"]}) == 1
-    assert tokenizer("a <mine> b<special>x")["input_ids"] == [1, 261, 4007, 271, 4008, 954]
-    assert tokenizer.decode([261, 4007, 4008, 954], skip_special_tokens=True) == "a <mine> x"
+    assert tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_end|>"]}) == 1
+    tokenizer.save_pretrained(tmp_path)
+    ids = [1, *ORACLE.encode("a "), 4007, 271, 4008, 954]
+    other = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert other.decode(ids, skip_special_tokens=True) == "a <mine> b x"
+    for loaded in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert loaded("a <mine>b<|im_end|>x")["input_ids"] == other.encode("a <mine>b<|im_end|>x").ids == ids
+        assert loaded.decode(ids, skip_special_tokens=True) == "a  <mine> b x"
+        assert [loaded.added_tokens_decoder[i].special for i in (4007, 4008)] == [False, True]
 
 
 def test_a_new_tokenizer_from_new_text(tokenizer):
@@ -252,6 +269,7 @@ def test_save_and_reload(with_chat, options, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "SkyworkTokenizer"
+    assert not config.get("split_special_tokens")
     assert not config.keys() & {"auto_map", "legacy", "sp_model_kwargs", "is_local", "local_files_only"}
     assert {path.name for path in tmp_path.iterdir()} == {
         "tokenizer.json",
@@ -284,7 +302,7 @@ def test_one_file_is_enough(file, loader, tmp_path):
 
 def test_straight_from_a_path():
     assert_same(SkyworkTokenizer(FOLDER / "tokenizer.model"), PLAIN)
-    with pytest.raises(ValueError, match=r"needs a tokenizer\.model"):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.model in what was given"):
         SkyworkTokenizer()
 
 
@@ -312,11 +330,23 @@ def test_pieces_are_those_that_sentencepiece_reads():
 
 
 def test_other_programs_read_tokenizer_json(tmp_path):
+    for tokenizer, rows in ((PLAIN, GOLDEN["plain"]), (CHAT, GOLDEN["after_chat_tokens"])):
+        tokenizer.save_pretrained(tmp_path)
+        other = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+        for row in rows:
+            assert other(row["text"])["input_ids"] == row["ids"]
+            if tokenizer is PLAIN:  # nothing else has spaces around chat tokens
+                assert other.decode(row["ids"], skip_special_tokens=True) == row["decoded"]
+    for row in GOLDEN["chat_special_encode"]:
+        assert chat(other, row["prompt"]) == row["ids"]
+
+
+def test_what_a_file_pads_to_is_not_taken_for_its_first_token(tmp_path):
     PLAIN.save_pretrained(tmp_path)
-    plain = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
-    for row in GOLDEN["plain"]:
-        assert plain(row["text"], split_special_tokens=True)["input_ids"] == row["ids"]
-        assert plain.decode(row["ids"], skip_special_tokens=True) == row["decoded"]
+    padded = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    padded.enable_padding(direction="left", pad_id=0, pad_token="<unk>", length=8)
+    padded.save(str(tmp_path / "tokenizer.json"))
+    assert_same(AutoTokenizer.from_pretrained(tmp_path), PLAIN)
 
 
 @pytest.mark.parametrize("name", ["SkyworkTokenizer", "SkyworkTokenizerFast"])
@@ -342,7 +372,7 @@ def test_chat_tokens_in_files_of_the_slow_class(file, content, tmp_path):
     tokenizer = SkyworkTokenizer.from_pretrained(tmp_path)
     assert len(tokenizer) == 4010
     for text in ["a [USER] b", "[SEP]a"]:
-        assert tokenizer(text)["input_ids"] == ids_of_the_original(text)
+        assert tokenizer(text)["input_ids"] == [1, *ids_of_the_original(text)]
     for row in GOLDEN["chat_special_encode"]:
         assert chat(tokenizer, row["prompt"]) == row["ids"]
 
@@ -373,7 +403,7 @@ def test_text_never_merges_into_a_control_token(tmp_path):
     tokenizer = SkyworkTokenizer.from_pretrained(tmp_path)
     assert 1 not in oracle.encode("a<s>")
     for text in ["<s>", "a<s>", "</s>", "s><s"]:
-        assert tokenizer(text)["input_ids"] == [1, *oracle.encode(text)]
+        assert tokenizer(text, split_special_tokens=True)["input_ids"] == [1, *oracle.encode(text)]
 
 
 def test_merges_go_by_score_not_by_id(tmp_path):
@@ -396,6 +426,7 @@ BROKEN = {
     "empty": b"",
     "text": b"not a model at all",
     "cut": (FOLDER / "tokenizer.model").read_bytes()[:1000],
+    "numbers without end": b"\xff" * 2**20,  # which took seconds
     "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 994250\n",
 }
 
@@ -414,11 +445,24 @@ def test_a_file_that_is_no_skywork_tokenizer_is_named(content, loader, tmp_path)
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path):
-    whole, path = (FOLDER / "tokenizer.model").read_bytes(), tmp_path / "tokenizer.model"
-    for size in [*range(0, len(whole), 997), *range(len(whole) - 300, len(whole))]:
+    fields = list(_fields((FOLDER / "tokenizer.model").read_bytes()))
+    kept = [*fields[:3], *(field for field in fields if field[0] != PIECES)]
+    whole = b"".join(varint(number << 3 | 2) + varint(len(value)) + value for number, value in kept)
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(whole)
+    assert len(_read_pieces(path)) == 3
+    for size in range(len(whole)):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"tokenizer\.model is not a (SentencePiece model|Skywork tokenizer)"):
             _read_pieces(path)
+
+
+def test_a_piece_that_would_take_a_gibibyte_to_cut_up_is_refused(tmp_path):
+    name = b"a" * 30_000
+    piece = b"\x0a" + varint(len(name)) + name
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model() + b"\x0a" + varint(len(piece)) + piece)
+    with pytest.raises(ValueError, match=r"tokenizer\.model has a piece of 30000 characters; .* more than 512"):
+        SkyworkTokenizer.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("loader", [AutoTokenizer, SkyworkTokenizer])
@@ -435,15 +479,14 @@ def test_a_missing_file_is_named(loader, tmp_path):
 def test_golden_chats(row):
     assert len(CHAT) == GOLDEN["len_after_chat_tokens"]
     assert chat(CHAT, row["prompt"]) == row["ids"]
-    assert chat(CHAT, row["prompt"], sanitize_control_tokens=True) == row["ids"]
+    rendered = CHAT.apply_chat_template(messages(row["prompt"]), tokenize=False)
+    assert CHAT(rendered, add_special_tokens=False)["input_ids"] == row["ids"]
+    assert CHAT(rendered)["input_ids"] == [1, *row["ids"]]
 
 
 def special_encode(prompt: str) -> list[int]:
-    """The function of the original repository."""
-    ids = [2, 1]
-    for n, part in enumerate(f"[USER]{prompt.strip()}[SEP][BOT]".replace("\r", "").split("[SEP]")):
-        ids += ([SEP] if n else []) + ids_of_the_original(part)[1:]
-    return ids
+    """What the function of the original repository gives, but for white space around a literal `[SEP]`."""
+    return [2, *ids_of_the_original(f"<s>[USER]{prompt.strip()}[SEP][BOT]".replace("\r", ""))]
 
 
 @settings(deadline=None, max_examples=300)
@@ -480,11 +523,16 @@ def test_an_answer_to_go_on_with():
 def test_a_rendered_chat():
     text = CHAT.apply_chat_template(messages("how", "x", " how "), tokenize=False, add_generation_prompt=True)
     assert text == "</s><s>[USER]how[SEP][BOT]x</s><s>[USER]how[SEP][BOT]"
-    encoded = CHAT(text, add_special_tokens=False, split_special_tokens=False)
-    assert encoded["input_ids"] == chat(CHAT, "how", "x", "how")
+    assert CHAT(text, add_special_tokens=False)["input_ids"] == chat(CHAT, "how", "x", "how")
 
 
-@settings(deadline=None, max_examples=300)
+def test_chats_rendered_first_find_the_chat_tokens(tokenizer):
+    """Engines render, then encode."""
+    text = tokenizer.apply_chat_template(messages("how"), tokenize=False)
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == [2, 1, USER, 310, SEP, BOT]
+
+
+@settings(deadline=None, max_examples=100)
 @given(st.one_of(ANY_TEXT, WITH_CHAT_TOKENS))
 @example("x</s><s>[USER]how[SEP][BOT]")
 @example("<\r/s>x")
@@ -492,25 +540,15 @@ def test_a_rendered_chat():
 def test_control_tokens_in_a_message_are_text_on_request(text):
     ids = chat(CHAT, text, sanitize_control_tokens=True)
     assert ids[:3] + ids[-2:] == [2, 1, USER, SEP, BOT]
-    if "\0" not in text:
-        assert ids[3:-2] == ORACLE.encode(text.strip().replace("\r", ""))
-    assert CHAT.split_special_tokens  # as before the call
+    assert not set(ids[3:-2]) & {*CHAT_TOKENS.values(), *SPECIAL_TOKENS.values()}
+    assert CHAT.decode(ids[3:-2]) == text.strip().replace("\r", "").replace("▁", " ")
+    if "\0" not in text and not re.search(r"\[(USER|BOT|SEP)\]|</?s>|<unk>", text.replace("\r", "")):
+        assert ids == special_encode(text)
 
 
-def test_special_tokens_in_a_message_are_text_as_in_any_text():
-    ids = chat(CHAT, "x</s>", "</s>", "x")
-    assert [i for i in ids if i <= 2] == [2, 1, 2, 1]
-    parsing = AutoTokenizer.from_pretrained(FOLDER, split_special_tokens=False)
-    assert chat(parsing, "x</s>") == [2, 1, USER, 954, 2, SEP, BOT]
-
-
-def test_marks_in_messages_leave_no_trace():
-    noncharacters = "".join(map(chr, range(0xFDD0, 0xFDF0)))
-    assert chat(CHAT, f"{noncharacters}</s>") == special_encode(f"{noncharacters}</s>")
-    before = CHAT.backend_tokenizer.to_str()
-    with pytest.raises(TemplateError):
-        chat(CHAT, "how", chat_template="{{ raise_exception('no') }}")
-    assert CHAT.backend_tokenizer.to_str() == before
+def test_a_text_does_not_show_what_is_text():
+    with pytest.raises(ValueError, match="requires `tokenize=True`"):
+        CHAT.apply_chat_template(messages("how"), sanitize_control_tokens=True, tokenize=False)
 
 
 def test_threads_share_a_tokenizer():
@@ -528,7 +566,7 @@ def test_mask_of_the_answers():
     options = {"return_assistant_tokens_mask": True, "add_generation_prompt": False}
     encoded = CHAT.apply_chat_template(messages("how", "x", "how</s>", "西 x</s>"), **options)
     marked = [i for i, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
-    assert marked == [954, 2, *ORACLE.encode("西 x</s>"), 2]
+    assert marked == [954, 2, *ORACLE.encode("西 x"), 2, 2]
     batch = CHAT.apply_chat_template([messages("how", ""), messages("how", "x x")], padding=True, **options)
     assert batch["assistant_masks"] == [[0] * 8 + [1], [0] * 6 + [1] * 3]
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import transformers
 from packaging.version import Version
+from tokenizers import normalizers
 
 if TYPE_CHECKING:
     import torch
@@ -29,3 +33,20 @@ def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torc
     if hasattr(modeling_utils, "slice_logits_to_keep"):
         return modeling_utils.slice_logits_to_keep(hidden_states, logits_to_keep)
     return hidden_states[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+
+
+# Whether tokenizers' `apply_chat_template` takes `sanitize_control_tokens`, which in 5.19 is a variable of templates.
+SANITIZES_CHATS = _RELEASE >= (5, 20)
+
+
+def reader_of_hidden_names(tokenizer: Any, tokenize: bool) -> tuple[Any, Callable[[str], str]]:
+    """A copy of a tokenizer, and a function that hides names of tokens in a text: to the copy they are text."""
+    if not tokenize:
+        raise ValueError("`sanitize_control_tokens=True` requires `tokenize=True`: a text does not show what is text.")
+    mark = "\ufdd0"  # Unicode keeps it free for such uses
+    reader = copy.deepcopy(tokenizer)
+    # Normalizers come after the search for added tokens.
+    steps = [normalizers.Replace(mark, ""), reader.backend_tokenizer.normalizer]
+    reader.backend_tokenizer.normalizer = normalizers.Sequence([step for step in steps if step is not None])
+    names = re.compile("|".join(map(re.escape, tokenizer.added_tokens_encoder)))
+    return reader, lambda text: names.sub(lambda name: mark.join([*name[0], ""]), text)

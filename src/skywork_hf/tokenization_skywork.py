@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
+import codecs
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,14 @@ from tokenizers.models import BPE
 from transformers import TokenizersBackend
 from transformers.utils import logging
 
+from .compat import SANITIZES_CHATS, reader_of_hidden_names
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.get_logger(__name__)
 
 CHAT_TOKENS = ("[USER]", "[BOT]", "[SEP]")  # in the order of their ids
-SEP = CHAT_TOKENS[2]
 
 # A question is `</s><s>[USER]question[SEP][BOT]`. The `</s>` of the next one ends the answer before it.
 CHAT_TEMPLATE = """\
@@ -59,6 +60,10 @@ CHAT_TEMPLATE = """\
 SPACE = "▁"  # as SentencePiece writes it
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 
+# SentencePiece has a replacement character for every byte that is no UTF-8, and not for every sequence.
+EACH_BYTE = "skywork_hf.replace_each_byte"
+codecs.register_error(EACH_BYTE, lambda error: ("\ufffd" * (error.end - error.start), error.end))  # type: ignore
+
 
 class SkyworkTokenizer(TokenizersBackend):
     """
@@ -67,25 +72,21 @@ class SkyworkTokenizer(TokenizersBackend):
 
     Habits of the original that most tokenizers do not have:
 
-    * White space is kept as it is. A space that is not in the text goes before every stretch of text between tokens.
-    * `<s>`, `</s>` and `<unk>` in a text are text. `split_special_tokens=False`, here, in `from_pretrained` or in a
-      call, makes them tokens.
-    * Tokens that `add_tokens` gets as strings swallow the white space around them in a text. In decoded text one space
-      separates them from the rest (`spaces_between_special_tokens=False`: none).
+    * White space is kept as it is, around special tokens too. Only `[USER]`, `[BOT]` and `[SEP]` swallow it. A space
+      that is not in the text goes before every stretch of text between tokens.
+    * In decoded text one space separates added tokens from the rest (`spaces_between_special_tokens=False`: none).
 
-    Chats: `apply_chat_template` writes `</s><s>[USER]question[SEP][BOT]`, with the ids of the original
-    `special_encode`; `[BOT]` belongs to the question, whatever `add_generation_prompt` says. Further turns follow as
+    Chats: the template writes `</s><s>[USER]question[SEP][BOT]`, with the ids of the original `special_encode`;
+    `[BOT]` belongs to the question, whatever `add_generation_prompt` says. Further turns follow as
     `answer</s><s>[USER]question[SEP][BOT]`. A system message stands at the start of the first question, on lines of
     its own. The assistant mask covers each answer and the `</s>` after it. Messages lose white space at both ends and
-    all `\\r`. Special tokens in messages are text and chat tokens are tokens, as they were;
-    `sanitize_control_tokens=True` makes all of them text. A rendered chat (`tokenize=False`) does not show which is
-    which, so let `apply_chat_template` tokenize.
+    all `\\r`. Special and chat tokens in messages are tokens, as in any text; `sanitize_control_tokens=True` makes
+    text of them.
 
     Args:
         vocab: the path of `tokenizer.model`, or the pieces and their ids, to go with `merges`.
         merges: pairs of pieces, the first to merge first.
         pad_token: the unknown token unless given.
-        split_special_tokens: whether special tokens in a text are text.
         kwargs: as for every tokenizer. Unless a `tokenizer.json` says otherwise, `add_bos_token` is True and
             `add_eos_token` False.
 
@@ -108,7 +109,6 @@ class SkyworkTokenizer(TokenizersBackend):
         bos_token: str | AddedToken | None = "<s>",
         eos_token: str | AddedToken | None = "</s>",
         pad_token: str | AddedToken | None = None,
-        split_special_tokens: bool = True,
         **kwargs: Any,
     ) -> None:
         # Of the original class, and of the way here.
@@ -125,15 +125,12 @@ class SkyworkTokenizer(TokenizersBackend):
             kwargs = {"add_bos_token": True, "add_eos_token": False, **kwargs}
         if kwargs.get("chat_template") is None:
             kwargs["chat_template"] = CHAT_TEMPLATE
-        super().__init__(
-            unk_token=unk_token,
-            bos_token=bos_token,
-            eos_token=eos_token,
-            pad_token=unk_token if pad_token is None else pad_token,
-            split_special_tokens=split_special_tokens,
-            **kwargs,
+        pad_token = unk_token if pad_token is None else pad_token
+        super().__init__(unk_token=unk_token, bos_token=bos_token, eos_token=eos_token, pad_token=pad_token, **kwargs)
+        added = {token.content: token for token in self.added_tokens_decoder.values()}
+        self.add_tokens(
+            [added.get(name, name) for name in CHAT_TOKENS if self._tokenizer.token_to_id(name) is not None]
         )
-        self.add_tokens([token for token in CHAT_TOKENS if self._tokenizer.token_to_id(token) is not None])
         if ready_made:
             self._read_post_processor(given=kwargs)
         self._check_ids(kwargs.get("added_tokens_decoder") or {})
@@ -142,15 +139,13 @@ class SkyworkTokenizer(TokenizersBackend):
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
         """Ours for `tokenizer.model`, see `_read_sentencepiece`. A `tokenizer.json` is taken as it is."""
         if kwargs.get("tokenizer_file") is None:
-            if kwargs.get("vocab_file") is None:
-                where = kwargs.get("name_or_path")
-                raise FileNotFoundError(f"There is no tokenizer.json and no tokenizer.model in {where}.")
             kwargs["vocab"], kwargs["merges"], kwargs["added_tokens_decoder"] = _read_sentencepiece(**kwargs)
         return kwargs
 
     def _read_post_processor(self, given: dict[str, Any]) -> None:
-        # A `tokenizer.json` adds bos and eos or does not, and transformers does not look.
-        ids = self._tokenizer.encode("").ids
+        # A `tokenizer.json` adds bos and eos or does not, and transformers does not look. Not by the backend, which
+        # pads as the file says, to any length.
+        ids = self("")["input_ids"]
         if "add_bos_token" not in given:
             self._add_bos_token = self.bos_token is not None and ids[:1] == [self.bos_token_id]
         if "add_eos_token" not in given:
@@ -163,22 +158,8 @@ class SkyworkTokenizer(TokenizersBackend):
                 raise ValueError(f"{self.name_or_path} gives the token {token} the id {wanted}; its place is {index}.")
 
     def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
-        return self._tokenizer.add_tokens([self._as_original(token, special_tokens) for token in new_tokens])
-
-    def _as_original(self, token: str | AddedToken, special: bool) -> AddedToken:
-        strips = isinstance(token, str) or token.content in CHAT_TOKENS
-        token = AddedToken(token) if isinstance(token, str) else token
-        return AddedToken(
-            token.content,
-            single_word=token.single_word,
-            lstrip=strips or token.lstrip,
-            rstrip=strips or token.rstrip,
-            # else the normalizer puts the space that begins a text into the token
-            normalized=False,
-            # To the tokenizers library, special tokens are those that `split_special_tokens` is about. In the original
-            # it is about those of the vocabulary only.
-            special=(special or token.special) and self._tokenizer.model.token_to_id(token.content) is not None,
-        )
+        tokens = [AddedToken(token) if isinstance(token, str) else token for token in new_tokens]
+        return self._tokenizer.add_tokens([_as_original(token, special_tokens) for token in tokens])
 
     def add_chat_tokens(self, model: PreTrainedModel | None = None) -> int:
         """
@@ -214,42 +195,23 @@ class SkyworkTokenizer(TokenizersBackend):
         Raises:
             jinja2.exceptions.TemplateError: the messages are not in the order of a chat, or not text.
         """
+        template = self.get_chat_template(chat_template, tools)
+        if any(token in template and token not in self.added_tokens_encoder for token in CHAT_TOKENS):
+            self.add_chat_tokens()
+            logger.warning(
+                f"{', '.join(CHAT_TOKENS)} were added to the tokenizer, which has {len(self)} tokens now. A model "
+                "with fewer rows, as base models have, gets its rows by `tokenizer.add_chat_tokens(model)`."
+            )
         how = (chat_template, add_generation_prompt, continue_final_message, tokenize)
-        if not tokenize:
-            return super().apply_chat_template(conversation, tools, documents, *how, sanitize_control_tokens, **kwargs)
-        self._add_missing_chat_tokens(self.get_chat_template(chat_template, tools))
-        names = self._names_that_are_text(every_one=sanitize_control_tokens)
-        mark = _character_not_in([conversation, tools, documents, kwargs])
-        conversation, tools, documents = (_marked(said, names, mark) for said in (conversation, tools, documents))
-        kwargs["tokenizer_kwargs"] = {"split_special_tokens": False, **(kwargs.get("tokenizer_kwargs") or {})}
-        return super(SkyworkTokenizer, self._blind_to(mark)).apply_chat_template(
-            conversation, tools, documents, *how, **kwargs
-        )
-
-    def _blind_to(self, mark: str) -> SkyworkTokenizer:
-        """A twin that removes the mark. Other threads may be using this one, so nothing changes here."""
-        ours, theirs = self._tokenizer, Tokenizer(self._tokenizer.model)
-        theirs.add_tokens([token for _, token in sorted(self.added_tokens_decoder.items())])
-        # Normalizers come after the search for added tokens: with the mark in it, the name of a token is only text.
-        remove = normalizers.Replace(mark, "")
-        theirs.normalizer = remove if ours.normalizer is None else normalizers.Sequence([remove, ours.normalizer])
-        theirs.pre_tokenizer, theirs.post_processor = ours.pre_tokenizer, ours.post_processor
-        twin = copy.copy(self)
-        twin._tokenizer = theirs
-        return twin
-
-    def _add_missing_chat_tokens(self, template: str) -> None:
-        if all(token in self.added_tokens_encoder for token in CHAT_TOKENS if token in template):
-            return
-        self.add_chat_tokens()
-        logger.warning(
-            f"{', '.join(CHAT_TOKENS)} were added to the tokenizer, which has {len(self)} tokens now. A model with "
-            "fewer rows, as base models have, gets its rows by `tokenizer.add_chat_tokens(model)`."
-        )
-
-    def _names_that_are_text(self, every_one: bool) -> list[str]:
-        tokens = self.added_tokens_decoder.values()
-        return [token.content for token in tokens if every_one or (token.special and self.split_special_tokens)]
+        if not sanitize_control_tokens:
+            return super().apply_chat_template(conversation, tools, documents, *how, **kwargs)
+        # The template removes `\r`, and what they divide must not become a token once tokens were looked for.
+        conversation = _changed(conversation, lambda text: text.replace("\r", ""))
+        if SANITIZES_CHATS:
+            return super().apply_chat_template(conversation, tools, documents, *how, True, **kwargs)
+        reader, hide = reader_of_hidden_names(self, tokenize)
+        conversation, tools, documents = (_changed(said, hide) for said in (conversation, tools, documents))
+        return reader.apply_chat_template(conversation, tools, documents, *how, **kwargs)
 
     def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any) -> Any:
         # transformers' has the white space that a token swallowed in the token.
@@ -258,16 +220,15 @@ class SkyworkTokenizer(TokenizersBackend):
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         special = set(self.all_special_tokens)
-        string, text = "", None
-        for is_special, run in groupby(tokens, key=special.__contains__):
-            names = list(run)
-            if not is_special:
-                text = _decoded(names)
+        string, text = "", []
+        for token in tokens:
+            if token not in special:
+                text.append(token)
                 continue
             # The original puts the space before the text, not between the text and the special token.
-            string += "".join(names if text is None else [" ", text, *names])
-            text = None
-        return string + (text or "")
+            string += (" " if text else "") + _decoded(text) + token
+            text = []
+        return string + _decoded(text)
 
     def _decode(
         self,
@@ -293,62 +254,31 @@ class SkyworkTokenizer(TokenizersBackend):
         return self.clean_up_tokenization(string) if clean_up_tokenization_spaces else string
 
 
-def _strings(said: Any) -> Iterator[str]:
-    said = getattr(said, "messages", said)
-    if isinstance(said, str):
-        yield said
-    elif isinstance(said, (Mapping, list, tuple)):
-        for item in said.values() if isinstance(said, Mapping) else said:
-            yield from _strings(item)
+def _as_original(token: AddedToken, special: bool) -> AddedToken:
+    # normalized: the normalizer would put the space that begins a text into the token
+    state = {**token.__getstate__(), "normalized": False, "special": special or token.special}
+    if token.content in CHAT_TOKENS:
+        state["lstrip"] = state["rstrip"] = True
+    return AddedToken(**state)
 
 
-def _character_not_in(said: Any) -> str:
-    """One of those that Unicode keeps free for such uses, unless the text has all of them."""
-    text = set("".join(_strings(said)))
-    return next(character for character in map(chr, range(0xFDD0, 0x110000)) if character not in text)
-
-
-def _marked(said: Any, names: list[str], mark: str) -> Any:
-    """The same messages with marks in each of the names."""
-    if isinstance(said, str):
-        # The template removes `\r`, which must not hide a name until then.
-        pattern = "|".join("\r*".join(map(re.escape, name)) for name in [*names, SEP])
-        return re.sub(pattern, lambda found: _marked_name(found[0], names, mark), said)
+def _changed(said: Any, change: Callable[[str], str]) -> Any:
+    """The same messages with their texts changed."""
     said = getattr(said, "messages", said)
     if isinstance(said, Mapping):
-        return {key: _marked(value, names, mark) for key, value in said.items()}
-    return [_marked(item, names, mark) for item in said] if isinstance(said, (list, tuple)) else said
-
-
-def _marked_name(found: str, names: list[str], mark: str) -> str:
-    if found.replace("\r", "") in names:
-        return mark.join([*found, ""])
-    # `special_encode` cuts the text here, before the tokenizer sees it and can swallow white space.
-    return f"{mark}{found}{mark}"
+        return {key: _changed(value, change) for key, value in said.items()}
+    if isinstance(said, (list, tuple)):
+        return [_changed(item, change) for item in said]
+    return change(said) if isinstance(said, str) else said
 
 
 def _decoded(pieces: list[str]) -> str:
     """The text of pieces as SentencePiece decodes it: without the space that begins it."""
-    if pieces[0].startswith(SPACE):
-        pieces = [pieces[0].removeprefix(SPACE), *pieces[1:]]
-    text = ""
-    for are_bytes, run in groupby(pieces, key=lambda piece: BYTE.fullmatch(piece) is not None):
-        if are_bytes:
-            text += _decoded_bytes(bytes(int(piece[3:5], 16) for piece in run))
-        else:
-            text += "".join(run).replace(SPACE, " ")
-    return text
-
-
-def _decoded_bytes(data: bytes) -> str:
-    """UTF-8 with one replacement character for every byte, and not every sequence, that is none."""
-    text = ""
-    while True:
-        try:
-            return text + data.decode()
-        except UnicodeDecodeError as error:
-            text += data[: error.start].decode() + "\ufffd"
-            data = data[error.start + 1 :]
+    data = b"".join(
+        bytes([int(piece[3:5], 16)]) if BYTE.fullmatch(piece) else piece.replace(SPACE, " ").encode()
+        for piece in pieces
+    )
+    return data[any(piece.startswith(SPACE) for piece in pieces[:1]) :].decode(errors=EACH_BYTE)
 
 
 def _tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
@@ -370,9 +300,13 @@ NORMAL, USER_DEFINED = 1, 4  # types of pieces
 MODEL_TYPE, BPE_MODEL = 3, 2
 PRECOMPILED_CHARSMAP, ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES = 2, 3, 4
 
+MAX_PIECE = 512  # characters, the most that SentencePiece's trainer can be told: cutting them up takes squares of that
+MAX_VARINT = 10  # bytes, of protobuf's 64 bits
+
 
 def _read_sentencepiece(
     vocab_file: str | os.PathLike[str] | None = None,
+    name_or_path: str = "",
     added_tokens_decoder: dict[int, AddedToken] | None = None,
     **_: Any,
 ) -> tuple[dict[str, int], list[tuple[str, str]], dict[int, AddedToken]]:
@@ -383,9 +317,16 @@ def _read_sentencepiece(
     order of the ids for that of the scores, and makes `<s>` from text where its parts happen to be pieces.)
     """
     if vocab_file is None:
-        raise ValueError("SkyworkTokenizer needs a tokenizer.model, a tokenizer.json, or a vocabulary and merges.")
+        raise FileNotFoundError(
+            f"There is no tokenizer.json and no tokenizer.model in {name_or_path or 'what was given'}."
+        )
     pieces = _read_pieces(Path(vocab_file))
     scores = {piece: score for piece, score, kind in pieces if kind == NORMAL}
+    longest = max(map(len, scores), default=0)
+    if longest > MAX_PIECE:
+        raise ValueError(
+            f"{vocab_file} has a piece of {longest} characters; SentencePiece makes none of more than {MAX_PIECE}."
+        )
     merges = []
     for piece in sorted(scores, key=lambda piece: -scores[piece]):
         cuts = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
@@ -405,18 +346,21 @@ def _read_sentencepiece(
 def _read_pieces(path: Path) -> list[tuple[str, float, int]]:
     """The pieces of a SentencePiece model, in the order of their ids, with their scores and types."""
     data = path.read_bytes()
+    pieces: list[tuple[str, float, int]] = []
+    specs: dict[int, dict[int, Any]] = {}
     try:
-        model = [(number, dict(_fields(value))) for number, value in _fields(data) if number <= NORMALIZER_SPEC]
-        pieces = [
-            (piece[PIECE].decode(), *struct.unpack("<f", piece.get(SCORE, bytes(4))), piece.get(TYPE, NORMAL))
-            for number, piece in model
-            if number == PIECES
-        ]
+        for number, value in _fields(data):
+            if number == PIECES:
+                piece = dict(_fields(value))
+                (score,) = struct.unpack("<f", piece.get(SCORE, bytes(4)))
+                pieces.append((piece[PIECE].decode(), score, piece.get(TYPE, NORMAL)))
+            elif number in (TRAINER_SPEC, NORMALIZER_SPEC):
+                specs[number] = dict(_fields(value))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, struct.error) as error:
         pointer = data.startswith(b"version https://git-lfs")
         hint = "it is a pointer of Git LFS, so fetch the file itself" if pointer else "it is damaged or something else"
         raise ValueError(f"{path} is not a SentencePiece model: {hint}.") from error
-    trainer, normalizer = (dict(model).get(spec, {}) for spec in (TRAINER_SPEC, NORMALIZER_SPEC))
+    trainer, normalizer = (specs.get(number, {}) for number in (TRAINER_SPEC, NORMALIZER_SPEC))
     is_bpe = trainer.get(MODEL_TYPE) == BPE_MODEL
     keeps_text = not normalizer.get(PRECOMPILED_CHARSMAP) and not normalizer.get(REMOVE_EXTRA_WHITESPACES, True)
     if not (pieces and is_bpe and keeps_text and normalizer.get(ADD_DUMMY_PREFIX, True)):
@@ -433,27 +377,23 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     while position < len(message):
         key, position = _varint(message, position)
         number, wire_type = key >> 3, key & 7
-        if wire_type == 0:
+        value: Any = None
+        if wire_type in (0, 2):
             value, position = _varint(message, position)
-            yield number, value
-            continue
-        if wire_type == 2:
-            size, position = _varint(message, position)
-        else:
-            size = {1: 8, 5: 4}[wire_type]
-        if position + size > len(message):
-            raise ValueError("The message ends early.")
-        yield number, message[position : position + size]
-        position += size
+        if wire_type:
+            size = value if wire_type == 2 else {1: 8, 5: 4}[wire_type]
+            value, position = message[position : position + size], position + size
+            if position > len(message):
+                raise ValueError("The message ends early.")
+        yield number, value
 
 
 def _varint(message: bytes, position: int) -> tuple[int, int]:
     """An integer of seven bits a byte, the lowest first, and where it ends."""
-    value = shift = 0
-    while True:
-        byte = message[position]
-        value |= (byte & 127) << shift
-        shift += 7
-        position += 1
+    value = 0
+    for place in range(MAX_VARINT):
+        byte = message[position + place]
+        value |= (byte & 127) << 7 * place
         if byte < 128:
-            return value, position
+            return value, position + place + 1
+    raise ValueError(f"A number has more than {MAX_VARINT} bytes.")
