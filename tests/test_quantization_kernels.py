@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from skywork_hf.quantization import kernels
 from skywork_hf.quantization.linear import SkyworkFp8Linear, SkyworkInt8Linear
@@ -148,8 +149,8 @@ def test_fp8_activations_are_rounded_by_their_scale(static, monkeypatch):
 def test_moving_never_casts_a_quantised_weight(kind):
     layer = kind(16, 8, bias=True)
     dtypes = {name: parameter.dtype for name, parameter in layer.named_parameters()}
-    layer.weight.data.copy_(torch.randn(8, 16).to(layer.weight.dtype))
-    before = layer.weight.clone()
+    before = torch.randn(8, 16).to(layer.weight.dtype)
+    layer.weight = nn.Parameter(before, requires_grad=False)
     layer.to(torch.float16).half().to("cpu", torch.bfloat16)
     assert {name: parameter.dtype for name, parameter in layer.named_parameters()} == dtypes
     assert torch.equal(layer.weight.view(torch.uint8), before.view(torch.uint8))
@@ -160,8 +161,7 @@ def test_moving_never_casts_a_quantised_weight(kind):
 def test_a_layer_is_the_linear_that_it_dequantises_to(kind):
     layer = kind(16, 8, bias=True)
     weight, scale = quantized("fp8" if kind is SkyworkFp8Linear else "int8", 8, 16)
-    for name, value in {"weight": weight, "weight_scale": scale, "bias": torch.randn(8)}.items():
-        getattr(layer, name).data.copy_(value)
+    layer.load_state_dict({"weight": weight, "weight_scale": scale, "bias": torch.randn(8)})
     inputs = torch.randn(2, 3, 16, requires_grad=True)
     outputs = layer(inputs)
     (gradient,) = torch.autograd.grad(outputs.square().sum(), inputs)
@@ -233,5 +233,5 @@ def test_tensors_may_begin_anywhere_in_memory(offset, rows):
 def layer_of(kind: str, out_features: int, in_features: int) -> SkyworkInt8Linear | SkyworkFp8Linear:
     layer = (SkyworkInt8Linear if kind == "int8" else SkyworkFp8Linear)(in_features, out_features)
     weight, scale = quantized(kind, out_features, in_features)
-    layer.weight.data, layer.weight_scale.data = weight, scale
+    layer.weight, layer.weight_scale = (nn.Parameter(tensor, requires_grad=False) for tensor in (weight, scale))
     return layer

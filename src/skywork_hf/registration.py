@@ -37,7 +37,7 @@ def _register_classes(transformers: Any) -> None:
     from . import modeling_skywork_moe as moe
     from .loading import SkyworkLoadingMixin
     from .placement.dispatch import load_placed
-    from .quantization.bitsandbytes import unpack, unpack_in_time
+    from .quantization.bitsandbytes import keep_unpacked, unpack, unpack_in_time
     from .quantization.config import INT8_METHOD, SkyworkFp8Config, SkyworkInt8Config
     from .quantization.quantizers import SkyworkFp8Quantizer, SkyworkInt8Quantizer
     from .tokenization_skywork import SkyworkTokenizer
@@ -77,6 +77,7 @@ def _register_classes(transformers: Any) -> None:
     SkyworkLoadingMixin._load_placed = staticmethod(load_placed)
     SkyworkLoadingMixin._unpack = staticmethod(unpack)
     SkyworkLoadingMixin._unpack_in_time = staticmethod(unpack_in_time)
+    SkyworkLoadingMixin._keep_unpacked = staticmethod(keep_unpacked)
     _register_quantizer(configuration.FP8_METHOD, SkyworkFp8Config, SkyworkFp8Quantizer)
     _register_quantizer(INT8_METHOD, SkyworkInt8Config, SkyworkInt8Quantizer)
     _set_attributes([*configs, *(model for *_, classes in models for model in classes), SkyworkTokenizer])
@@ -125,60 +126,6 @@ def _set_default_targets(constants: Any) -> None:
             targets[SkyworkMoeConfig.model_type] = [expert_names.get(target, target) for target in of_moe]
 
 
-def _check_adapters(tuners: Any) -> None:
-    """Where PEFT has made adapters, and where it refuses what it cannot merge into; it asks nothing that a layer could
-    answer."""
-    from .loading import SkyworkLoadingMixin
-    from .quantization.bitsandbytes import keep_unpacked, unpack
-    from .quantization.linear import refuse_merging, refuse_reading_codes
-
-    check, inject = tuners.BaseTuner._check_merge_allowed, tuners.BaseTuner.inject_adapter
-    unmerge = tuners.BaseTuner.unmerge_adapter
-    if check.__module__ == __name__:
-        return  # `register` was called again
-
-    def check_merge_allowed(tuner: Any) -> None:
-        refuse_merging(tuner.model)
-        if isinstance(tuner.model, SkyworkLoadingMixin):
-            unpack(tuner.model)
-        check(tuner)
-
-    def unmerge_adapter(tuner: Any) -> None:
-        if isinstance(tuner.model, SkyworkLoadingMixin):
-            unpack(tuner.model)
-        unmerge(tuner)
-
-    def inject_adapter(tuner: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        inject(tuner, model, adapter_name, *args, **kwargs)
-        config = tuner.peft_config[adapter_name]
-        refuse_reading_codes(model, config.peft_type.value)
-        reads_weights = not config.inference_mode or getattr(config, "use_dora", False)
-        if reads_weights and isinstance(model, SkyworkLoadingMixin):
-            keep_unpacked(model)
-
-    tuners.BaseTuner._check_merge_allowed = check_merge_allowed
-    tuners.BaseTuner.unmerge_adapter = unmerge_adapter
-    tuners.BaseTuner.inject_adapter = inject_adapter
-
-
-def _check_loaded_adapters(peft_model: Any) -> None:
-    """Where PEFT has read an adapter's file."""
-    from .loading import refuse_other_adapter
-
-    load = peft_model.PeftModel.load_adapter
-    if load.__module__ == __name__:
-        return  # `register` was called again
-
-    def load_adapter(model: Any, *args: Any, **kwargs: Any) -> Any:
-        loaded = load(model, *args, **kwargs)
-        if not kwargs.get("ignore_mismatched_sizes"):
-            refuse_other_adapter(model, loaded)
-        return loaded
-
-    load_adapter.__doc__ = load.__doc__
-    peft_model.PeftModel.load_adapter = load_adapter
-
-
 def _warn_if_taken(registry: Any, name: str, ours: type) -> None:
     if name in registry and registry[name] is not ours:
         other = registry[name]
@@ -214,8 +161,6 @@ _ONCE_LOADED: dict[str, Callable[[Any], None]] = {
     "transformers": _register_classes,
     "transformers.trainer": _report_router_load,
     "peft.utils.constants": _set_default_targets,
-    "peft.tuners.tuners_utils": _check_adapters,
-    "peft.peft_model": _check_loaded_adapters,
 }
 # Those that are loaded and were not called with, and the modules of ours that are being loaded: registering imports
 # these, so it waits while one of them is half there, having imported the library itself.

@@ -69,7 +69,9 @@ def quantize_static(model: Any, input_scales: dict[str, torch.Tensor]) -> Any:
     """
     config = SkyworkFp8Config("static")
     for name, linear in tqdm(linears_to_quantize(model, None).items(), desc="Quantising", unit="linear"):
-        model.set_submodule(name, _static_linear(linear, input_scales[name]))
+        quantized = _static_linear(linear, input_scales[name])
+        quantized.path = name
+        model.set_submodule(name, quantized)
     model.hf_quantizer = SkyworkFp8Quantizer(config)
     model.hf_quantizer.postprocess_model(model)
     model.is_quantized, model.quantization_method = True, config.quant_method

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable
 from typing import Any, overload
 
 import torch
@@ -10,8 +11,56 @@ from torch import nn
 
 from . import kernels
 
-# PEFT's methods that compute with `base_layer.weight` itself, and do not fail on int8 or FP8 by themselves.
-_READ_CODES = {"DEFT", "FROD", "HIRA", "HRA", "OSF", "PEANUT", "SHIRA"}
+# What may be done with codes: to look at their form, to move and compare them. Everything else computes, or begins to:
+# a merge of PEFT with `safe_merge=True` clones first.
+_HARMLESS = re.compile(
+    r"__(deepcopy|format|get|getitem|hash|len|repr)__|is_\w+|(empty|ones|zeros)_like|requires_grad_?|contiguous|cpu|cuda|"
+    r"data_ptr|detach|dim|element_size|equal|get_device|nelement|numel|pin_memory|reshape|size|storage_offset|stride|t|to|"
+    r"transpose|untyped_storage|view"
+)
+
+
+class Codes(torch.Tensor):
+    """What `SkyworkQuantizedLinear.weight` gives: codes that nothing computes with, as they are not the real values.
+
+    PEFT's methods that read a layer's weight, or merge into it, fail with a ValueError that names `path`, the layer's.
+    """
+
+    _is_param = True  # to torch, a parameter as any other
+    path: str
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        values = [*args, *(kwargs or {}).values()]
+        codes = next((value for value in values if isinstance(value, Codes)), None)
+        # An attribute is set by a function that is called `__set__` and belongs to what has the attribute's name.
+        name = func.__self__.__name__ if func.__name__ == "__set__" else func.__name__
+        if codes is not None and _HARMLESS.fullmatch(name):
+            with torch._C.DisableTorchFunctionSubclass():
+                result = func(*args, **(kwargs or {}))
+            if name != "to" or result.dtype == codes.dtype:
+                return _as_codes(result, codes.path) if not name.endswith("_like") else result
+        raise ValueError(
+            f"`{getattr(codes, 'path', 'linear')}.weight` is quantised, and `{name}` would take its codes for real "
+            "values: load the base model in 16 bit (a model in memory: call its `dequantize()`), or take LoRA, which "
+            "adapts quantised weights, and merge on disk with `skywork-hf convert --adapter`."
+        )
+
+
+def _as_codes(value: Any, path: str) -> Any:
+    if type(value) not in (torch.Tensor, nn.Parameter):
+        return value  # no tensor, or one that lives elsewhere than in memory of its own
+    codes: Any = value.as_subclass(Codes)
+    codes.path = path
+    return codes
+
+
+class _Parameters(dict[str, Any]):
+    """The parameters of a layer: itself without `Codes`, which accelerate takes from the layer, moves and sets."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        plain = nn.Parameter(value.as_subclass(torch.Tensor), requires_grad=False) if type(value) is Codes else value
+        super().__setitem__(name, plain)
 
 
 class _FrozenMatmul(torch.autograd.Function):
@@ -20,7 +69,7 @@ class _FrozenMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, layer: SkyworkQuantizedLinear) -> torch.Tensor:
-        ctx.save_for_backward(layer.weight, layer.weight_scale)
+        ctx.save_for_backward(layer.codes, layer.weight_scale)
         return layer.matmul(inputs)
 
     @staticmethod
@@ -36,12 +85,24 @@ class SkyworkQuantizedLinear(nn.Linear):
     input_scale: nn.Parameter | None
     # In what dtype PEFT is to make adapters: its own. Without this it takes the weight's, and rounds them to float8.
     compute_dtype: torch.dtype | None = None
+    path = "linear"  # its name in the model that it was loaded with
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, device: Any) -> None:
         nn.Module.__init__(self)  # past nn.Linear's own, which would make a float weight
+        self.__dict__["_parameters"] = _Parameters()
         self.in_features, self.out_features = in_features, out_features
         self.weight = _frozen((out_features, in_features), dtype, device)
         self.register_parameter("bias", _frozen((out_features,), None, device) if bias else None)
+
+    def __getattr__(self, name: str) -> Any:
+        """`weight` as `Codes`: whoever computes with it means the real values."""
+        value = super().__getattr__(name)
+        return _as_codes(value, self.path) if name == "weight" else value
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """The parameter `weight`, to compute with."""
+        return self._parameters["weight"]  # type: ignore[return-value]
 
     def matmul(self, inputs: torch.Tensor) -> torch.Tensor:
         """[rows, in_features] to [rows, out_features], same dtype."""
@@ -74,9 +135,9 @@ class SkyworkQuantizedLinear(nn.Linear):
         """An ordinary linear layer with the same real values in `dtype`; without one, these alone, float32
         [out_features, in_features]."""
         if dtype is None:
-            return kernels.dequantize(self.weight, self.weight_scale, torch.float32)
+            return kernels.dequantize(self.codes, self.weight_scale, torch.float32)
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(kernels.dequantize(self.weight, self.weight_scale, dtype))
+        linear.weight = nn.Parameter(kernels.dequantize(self.codes, self.weight_scale, dtype))
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.to(dtype))
         return linear
@@ -112,7 +173,7 @@ class SkyworkFp8Linear(SkyworkQuantizedLinear):
         self.register_parameter("input_scale", input_scale if activation_scheme == "static" else None)
 
     def matmul(self, inputs: torch.Tensor) -> torch.Tensor:
-        return kernels.fp8_linear(inputs, self.weight, self.weight_scale, self.activation_scheme, self.input_scale)
+        return kernels.fp8_linear(inputs, self.codes, self.weight_scale, self.activation_scheme, self.input_scale)
 
 
 class SkyworkInt8Linear(SkyworkQuantizedLinear):
@@ -131,36 +192,8 @@ class SkyworkInt8Linear(SkyworkQuantizedLinear):
         self.weight_scale = _frozen((out_features,), torch.bfloat16, device)
 
     def matmul(self, inputs: torch.Tensor) -> torch.Tensor:
-        return kernels.int8_linear(inputs, self.weight, self.weight_scale, self.quantize_activations)
+        return kernels.int8_linear(inputs, self.codes, self.weight_scale, self.quantize_activations)
 
 
 def _frozen(shape: tuple[int, ...], dtype: torch.dtype | None, device: Any) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-
-
-def refuse_merging(model: nn.Module) -> None:
-    """Raise ValueError where an adapter would be merged into a quantised weight, as if that held real values."""
-    for name, module in _adapted(model):
-        raise ValueError(
-            f"`{name}.weight` is quantised ({module.weight.dtype}), and no adapter can be merged into that: load "
-            "the base model in 16 bit (a model in memory: call its `dequantize()`) and merge there, or merge on "
-            "disk with `skywork-hf convert --adapter`."
-        )
-
-
-def refuse_reading_codes(model: nn.Module, method: str) -> None:
-    """Raise ValueError where an adapter of PEFT's `method` would take a quantised weight's codes for real values."""
-    if method not in _READ_CODES:
-        return
-    for name, module in _adapted(model):
-        raise ValueError(
-            f"`{name}.weight` is quantised ({module.weight.dtype}), and {method} would take its codes for real "
-            "values: load the base model in 16 bit, or take LoRA, which adapts quantised weights."
-        )
-
-
-def _adapted(model: nn.Module) -> Iterator[tuple[str, SkyworkQuantizedLinear]]:
-    """The quantised linears that have adapters, by name."""
-    for name, module in model.named_modules():
-        if name.endswith(".base_layer") and isinstance(module, SkyworkQuantizedLinear):
-            yield name, module

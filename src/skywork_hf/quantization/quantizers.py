@@ -73,6 +73,7 @@ class _SkyworkQuantizer(HfQuantizer):
                 quantized = make(name, linear)
             # What is missing was refused above, so transformers need not initialise it, which it cannot do for int8.
             quantized._is_hf_initialized = True  # type: ignore[assignment]
+            quantized.path = name
             # transformers 5.19 casts what it reads to the dtype that it finds here, before anything is quantised.
             dtype = self.stored_dtype if self.pre_quantized else linear.weight.dtype
             quantized.weight = nn.Parameter(torch.empty_like(linear.weight, dtype=dtype), requires_grad=False)
