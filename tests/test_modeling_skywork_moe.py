@@ -109,6 +109,21 @@ def test_golden_logits_with_every_fused_implementation(implementation):
     torch.testing.assert_close(logits[mask], expected["logits"][mask], atol=2e-5, rtol=0)
 
 
+def test_an_experts_implementation_is_for_the_fused_layout():
+    for arguments in (
+        {"experts_implementation": "grouped_mm"},
+        {"config": tiny_moe_config(experts_implementation="batched_mm")},
+    ):
+        with pytest.raises(ValueError, match='load with experts_layout="fused"'):
+            AutoModelForCausalLM.from_pretrained(checkpoint(NAME), **arguments)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(NAME), experts_implementation="eager")
+    with pytest.raises(ValueError, match='load with experts_layout="fused"'):
+        model.set_experts_implementation("grouped_mm")
+    assert model.config._experts_implementation == "eager"
+    with pytest.raises(ValueError, match="it is a dense model"):
+        AutoModelForCausalLM.from_pretrained(checkpoint("skywork-13b-tiny"), experts_implementation="grouped_mm")
+
+
 @layouts
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("tied", [False, True])

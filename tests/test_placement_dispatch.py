@@ -467,3 +467,56 @@ def test_the_report_of_a_model_without_a_plan(tmp_path):
     assert report.planned_bytes is None
     assert report.experts["cpu"] == {("float32", "linear"): 8}
     assert "8 x float32 linear" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"quantization_config": SkyworkInt8Config()}, r"`quantization_config`=\{'cpu': 'int8'\} is not the plan's"),
+        ({"experts_layout": "fused"}, "`experts_layout`=fused is not the plan's modular"),
+        ({"num_hidden_layers": 1}, "`num_hidden_layers`=1 is not the plan's 2"),
+        ({"max_memory": {"cpu": "2KiB"}}, "`max_memory`=.* is not the plan's"),
+        ({"dtype": torch.float16}, "`dtype`=torch.float16 is not the plan's torch.float32"),
+        ({"torch_dtype": "bfloat16"}, "`torch_dtype`=bfloat16 is not the plan's torch.float32"),
+        ({"context_tokens": 9}, "`context_tokens` is for .* a plan has its own"),
+    ],
+)
+def test_what_differs_from_a_plan_is_refused(arguments, message):
+    plan = plan_device_map(checkpoint(MOE), {"cpu": "1GiB"}, context_tokens=32, dtype=torch.float32)
+    with pytest.raises(ValueError, match=message):
+        load(checkpoint(MOE), device_map=plan, **arguments)
+
+
+def test_what_a_plan_says_may_be_said_again(tmp_path):
+    folder = moe_folder(tmp_path)
+    plan = plan_device_map(folder, {"cpu": "1GiB"}, "int8", context_tokens=32)
+    again = {"max_memory": {"cpu": "1GiB"}, "dtype": "float32", "quantization_config": SkyworkInt8Config()}
+    model = load(folder, device_map=plan, router_aux_loss_coef=0.5, **again)
+    assert model.config.router_aux_loss_coef == 0.5
+    assert placement_report(model).experts["cpu"] == {("int8", plan.kernel("cpu")): 8}
+
+
+@pytest.mark.parametrize("name", [MOE, "skywork-13b-tiny"])
+@pytest.mark.parametrize("device_map", [None, "cpu", {"": "cpu"}])
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"context_tokens": 9},
+        {"batch_size": 2},
+        {"strategy": "layers"},
+        {"expert_usage": "usage.json"},
+        {"bandwidth": {"cpu": 60}},
+        {"stream_from_rows": 3},
+        {"lenient_placement": True},
+    ],
+    ids=lambda argument: next(iter(argument)),
+)
+def test_what_is_for_planning_is_refused_without(name, device_map, argument):
+    with pytest.raises(ValueError, match=f'`{next(iter(argument))}` is for device_map="experts"'):
+        load(checkpoint(name), device_map=device_map, **argument)
+
+
+@pytest.mark.parametrize("device_map", ["expert", "Experts", "plan.json"])
+def test_a_device_map_that_nobody_knows(device_map):
+    with pytest.raises(ValueError, match=f"`device_map`='{device_map}' is unknown: expected \"experts\""):
+        load(checkpoint(MOE), device_map=device_map)

@@ -122,8 +122,9 @@ def problems(draw: Any) -> dict[str, Any]:
         moe_2layer_gate=draw(st.booleans()),
     )
     layers = [n for n in range(config.num_hidden_layers) if config.is_moe_layer(n)]
+    strategy = draw(st.sampled_from(["experts", "experts", "layers"]))
     usage = None
-    if layers and draw(st.booleans()):
+    if layers and strategy == "experts" and draw(st.booleans()):
         seed = draw(st.integers(0, 99))
         counts = torch.randint(0, 50, (len(layers), experts), generator=torch.Generator().manual_seed(seed))
         pairs = torch.randint(0, 20, (len(layers), experts, experts), generator=torch.Generator().manual_seed(seed))
@@ -139,7 +140,7 @@ def problems(draw: Any) -> dict[str, Any]:
         "quantization": quantization,
         "expert_usage": usage,
         "context_tokens": 16,
-        "strategy": draw(st.sampled_from(["experts", "experts", "layers"])),
+        "strategy": strategy,
         "bandwidth": {n: draw(st.sampled_from([500, 1000])) for n in range(gpus)} if draw(st.booleans()) else None,
     }
 
@@ -444,6 +445,13 @@ def test_every_form_of_quantization(config, quantization, methods):
             {"expert_usage": ExpertUsage([0], torch.ones(1, 4), torch.ones(1, 4, 4), tokens=1)},
             r"`expert_usage` counts \[1, 4\]",
         ),
+        ({"stream_from_rows": 3, "strategy": "layers"}, '`stream_from_rows` is for experts .* strategy="layers"'),
+        (
+            {"expert_usage": "usage.json", "model": tiny_dense_config()},
+            "`expert_usage` is for experts .* a dense model",
+        ),
+        ({"experts_layout": "fused"}, "`experts_layout` is for reading a config, and `model` is one already"),
+        ({"model": checkpoint("skywork-moe-tiny"), "contex_tokens": 9}, "`contex_tokens` is unknown"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

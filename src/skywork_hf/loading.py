@@ -50,6 +50,27 @@ class SkyworkLoadingMixin(SkyworkAdaptersMixin):
             SkyworkLoadingMixin._unpack_in_time(model)
         return loaded
 
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """transformers' own, for the fused layout.
+
+        Raises:
+            ValueError: another than "eager" is asked for where there are no 3-D parameters to compute it on.
+        """
+        if getattr(self.config, "experts_layout", None) == "fused":
+            return super().get_correct_experts_implementation(requested_experts)
+        if requested_experts not in (None, "eager"):
+            way_out = 'load with experts_layout="fused", or leave it away'
+            raise ValueError(
+                f"`experts_implementation`={requested_experts!r} needs experts in 3-D parameters, which "
+                f"{type(self).__name__} does not have here: "
+                + (
+                    f"{way_out}."
+                    if hasattr(self.config, "experts_layout")
+                    else "leave it away, as it is a dense model."
+                )
+            )
+        return "eager"
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Any:
         """Give every quantised linear its real values in `dtype`, by default that of the rest of the model."""
         type(self)._unpack(self)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -13,13 +12,13 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.integrations.accelerate import get_device
+from transformers.integrations.accelerate import check_and_set_device_map, get_device
 from transformers.utils import logging
 
 from ..modeling_skywork_moe import SkyworkMoeDecoderLayer, SkyworkMoeExperts, compute_on
 from ..quantization.config import as_config
 from ..quantization.linear import SkyworkQuantizedLinear
-from .hardware import CPU, DISK, fastest_seconds
+from .hardware import CPU, DISK, devices_of, fastest_seconds
 from .pages import read_only_when_told, will_be_read
 from .plan import PlacementPlan
 from .planner import plan_device_map
@@ -28,82 +27,154 @@ from .report import placement_report
 logger = logging.get_logger(__name__)
 
 EXPERTS = "experts"
-# Arguments of `plan_device_map` that `from_pretrained` knows under the same name and keeps.
-_SHARED = {"quantization", "dtype", "max_memory", "model_class", "model", "config_options"}
-_PLANNING = set(inspect.signature(plan_device_map).parameters) - _SHARED
 _HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
 # Rows on which the CPU is timed: enough that it computes rather than reads.
 _PROBE_ROWS = 64
 
 
-def load_placed(cls: Any, load: Callable[..., Any], name: Any, *model_args: Any, **kwargs: Any) -> Any:
+def load_placed(
+    cls: Any,
+    load: Callable[..., Any],
+    name: Any,
+    *model_args: Any,
+    device_map: Any = None,
+    context_tokens: int | None = None,
+    batch_size: int | None = None,
+    strategy: str | None = None,
+    expert_usage: Any = None,
+    bandwidth: dict[Any, float] | None = None,
+    stream_from_rows: int | None = None,
+    lenient_placement: bool = False,
+    **kwargs: Any,
+) -> Any:
     """`from_pretrained` with two more values for `device_map`.
 
     Args:
         cls: the model class.
         load: transformers' own `from_pretrained` of it.
         name: a folder or a name on the Hub.
-        kwargs: those of transformers. `device_map="experts"` plans with `plan_device_map` and loads by that plan; then
-            `max_memory` and `quantization_config` are the plan's, and `context_tokens`, `batch_size`, `strategy`,
-            `expert_usage`, `bandwidth` and `stream_from_rows` may be given too. `device_map=plan` loads by a plan that
-            was made before. `lenient_placement=True` makes warnings of the errors of the check at the end.
+        device_map: as transformers takes it. "experts" plans with `plan_device_map` and loads by that plan; then
+            `max_memory`, `quantization_config` and `dtype` are the plan's. A plan that was made before is loaded by;
+            then these three, and what the config says of the model's shape, may only be given as they were planned.
+        context_tokens, batch_size, strategy, expert_usage, bandwidth, stream_from_rows: those of `plan_device_map`,
+            with `device_map="experts"` alone; None for its defaults.
+        lenient_placement: make warnings of the errors of the check at the end; with "experts" or a plan alone.
+        kwargs: those of transformers.
 
     Returns:
         What `load` returns. With any device map, experts on the CPU compute there. A plan is kept as
         `model.placement_plan`, and checked.
 
     Raises:
-        ValueError: it does not fit, or what was loaded is not what was planned.
+        ValueError: it does not fit, what was loaded is not what was planned, or an argument would do nothing.
     """
-    lenient = kwargs.pop("lenient_placement", False)
+    planning = {
+        "context_tokens": context_tokens,
+        "batch_size": batch_size,
+        "strategy": strategy,
+        "expert_usage": expert_usage,
+        "bandwidth": bandwidth,
+        "stream_from_rows": stream_from_rows,
+    }
+    planning = {key: value for key, value in planning.items() if value is not None}
+    _check_arguments(device_map, planning, lenient_placement, kwargs)
     if "quantization_config" in kwargs:
         kwargs["quantization_config"] = as_config(kwargs["quantization_config"])
-    plan = kwargs.get("device_map")
-    if plan == EXPERTS:
-        plan = _plan(cls, name, kwargs)
-    if not isinstance(plan, PlacementPlan):
-        loaded = load(name, *model_args, **kwargs)
+    if device_map == EXPERTS:
+        plan = _plan(cls, name, kwargs, planning)
+    elif isinstance(device_map, PlacementPlan):
+        plan = device_map
+        _check_fits(plan, cls, name, kwargs)
+    else:
+        loaded = load(name, *model_args, device_map=device_map, **kwargs)
         compute_where_the_weights_are(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
-    _check_fits(plan, cls, kwargs)
+    for replaced in ("torch_dtype", "max_memory"):
+        kwargs.pop(replaced, None)
     kwargs |= {"device_map": plan.device_map, "dtype": plan.dtype, "quantization_config": plan.quantization_config}
     loaded = load(name, *model_args, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.placement_plan = plan
     compute_where_the_weights_are(model, plan)
-    placement_report(model, lenient=lenient)
+    placement_report(model, lenient=lenient_placement)
     return loaded
 
 
-def _plan(cls: Any, name: Any, kwargs: dict[str, Any]) -> PlacementPlan:
-    """Plan with what `kwargs` say, taking out of them what only the planner understands."""
-    planning = {key: kwargs.pop(key) for key in _PLANNING & kwargs.keys()}
+def _check_arguments(device_map: Any, planning: dict[str, Any], lenient: bool, kwargs: dict[str, Any]) -> None:
+    """Refuse a `device_map` that nobody knows, and what would do nothing beside the one that is given."""
+    if device_map == EXPERTS:
+        return
+    if isinstance(device_map, str):
+        try:
+            check_and_set_device_map(device_map)
+        except ValueError as error:
+            raise ValueError(
+                f'`device_map`={device_map!r} is unknown: expected "{EXPERTS}", a plan of `plan_device_map`, or what '
+                f"transformers takes. {error}"
+            ) from None
+    planned = isinstance(device_map, PlacementPlan)
+    for name in planning:
+        raise ValueError(
+            f'`{name}` is for device_map="{EXPERTS}": '
+            + ("a plan has its own, so give it to `plan_device_map`." if planned else "else nothing is planned.")
+        )
+    if lenient and not planned:
+        raise ValueError(f'`lenient_placement` is for device_map="{EXPERTS}" or a plan: else nothing is checked.')
+
+
+def _config(cls: Any, name: Any, kwargs: dict[str, Any]) -> Any:
+    """What `from_pretrained` will make its config of."""
     config = kwargs.get("config")
-    if not isinstance(config, PreTrainedConfig):
-        own = {field.name for field in fields(cls.config_class)} - {"dtype"}
-        options = {key: value for key, value in kwargs.items() if key in _HUB_OPTIONS | own}
-        config = cls.config_class.from_pretrained(config or name, **options)
+    if isinstance(config, PreTrainedConfig):
+        return config
+    own = {field.name for field in fields(cls.config_class)} - {"dtype"}
+    options = {key: value for key, value in kwargs.items() if key in _HUB_OPTIONS | own}
+    return cls.config_class.from_pretrained(config or name, **options)
+
+
+def _plan(cls: Any, name: Any, kwargs: dict[str, Any], planning: dict[str, Any]) -> PlacementPlan:
     return plan_device_map(
-        config,
+        _config(cls, name, kwargs),
         kwargs.get("max_memory"),
         kwargs.get("quantization_config"),
-        dtype=kwargs.get("dtype", kwargs.get("torch_dtype")),
+        dtype=kwargs.get("dtype") or kwargs.get("torch_dtype"),
         model_class=cls,
         **planning,
     )
 
 
-def _check_fits(plan: PlacementPlan, cls: Any, kwargs: dict[str, Any]) -> None:
-    """Refuse what a plan has fixed and is given again differently; takes out of `kwargs` what the plan replaces."""
-    if plan.request.model_class is not cls:
+def _check_fits(plan: PlacementPlan, cls: Any, name: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse what a plan has fixed and is given again differently."""
+    request, asked = plan.request, kwargs.get("quantization_config")
+    if request.model_class is not cls:
         raise ValueError(
-            f"The plan is for {plan.request.model_class.__name__}, and {cls.__name__} is to be loaded: plan with "
+            f"The plan is for {request.model_class.__name__}, and {cls.__name__} is to be loaded: plan with "
             f"model_class={cls.__name__}."
         )
-    dtype = kwargs.pop("torch_dtype", None) or kwargs.get("dtype")
-    if dtype not in (None, "auto", plan.dtype, str(plan.dtype).removeprefix("torch.")):
-        raise ValueError(f"`dtype`={dtype} is not the plan's {plan.dtype}: give it to plan_device_map, and not here.")
-    kwargs.pop("max_memory", None)
+    for key in ("dtype", "torch_dtype"):
+        if kwargs.get(key) not in (None, "auto", plan.dtype, str(plan.dtype).removeprefix("torch.")):
+            raise _not_planned(key, kwargs[key], plan.dtype)
+    planned_memory = {device.key: device.budget for device in request.devices}
+    memory = kwargs.get("max_memory")
+    if memory is not None and {device.key: device.budget for device in devices_of(memory)} != planned_memory:
+        raise _not_planned("max_memory", memory, planned_memory)
+    config = _config(cls, name, kwargs)
+    here = replace(request, config=config, dtype=plan.dtype, quantization=asked or request.quantization)
+    one, other = here.precision(), request.precision()
+    if (one.methods, one.modules_to_not_convert) != (other.methods, other.modules_to_not_convert):
+        raise _not_planned("quantization_config", _named(one.methods), _named(other.methods))
+    own = {field.name for field in fields(type(config))} - {field.name for field in fields(PreTrainedConfig)}
+    changed = [field for field in sorted(own) if getattr(config, field) != getattr(request.config, field)]
+    if changed and replace(here.parts(), config=request.config) != replace(request.parts(), config=request.config):
+        raise _not_planned(changed[0], getattr(config, changed[0]), getattr(request.config, changed[0]))
+
+
+def _named(methods: dict[int | str, str]) -> dict[int | str, str]:
+    return {key: method or "not quantised" for key, method in methods.items()}
+
+
+def _not_planned(name: str, value: Any, planned: Any) -> ValueError:
+    return ValueError(f"`{name}`={value} is not the plan's {planned}: give it to plan_device_map, and not here.")
 
 
 def compute_where_the_weights_are(model: Any, plan: PlacementPlan | None = None) -> None:

@@ -65,7 +65,8 @@ def plan_device_map(
         stream_from_rows: from how many rows (tokens of a prompt) on an expert that lives on the CPU is copied to its
             layer's GPU and computed there. None measures it when the model is loaded.
         model_class: the class that will be loaded; None is the causal language model.
-        config_options: for `AutoConfig.from_pretrained`: `revision`, `token`, `experts_layout`, ...
+        config_options: for `AutoConfig.from_pretrained`, where `model` is no config: `revision`, `token`,
+            `experts_layout`, ...
 
     Returns:
         The plan; `plan.device_map` and `plan.quantization_config` are what `from_pretrained` takes.
@@ -113,8 +114,9 @@ def request_of(
     Raises:
         ValueError: an argument is wrong.
     """
-    config = model if isinstance(model, PreTrainedConfig) else AutoConfig.from_pretrained(model, **config_options)
-    _check(config, strategy, context_tokens, batch_size, stream_from_rows)
+    config = _config(model, config_options)
+    _check(config, strategy, {"expert_usage": expert_usage, "stream_from_rows": stream_from_rows})
+    _check_counts(context_tokens=context_tokens, batch_size=batch_size, stream_from_rows=stream_from_rows)
     devices = devices_of(max_memory, bandwidth)
     usage = ExpertUsage.load(expert_usage) if isinstance(expert_usage, str | Path) else expert_usage
     return Request(
@@ -137,22 +139,38 @@ def _name(model: str | Path) -> str:
     return Path(model).name if Path(model).is_dir() else str(model)
 
 
-def _check(
-    config: Any, strategy: str, context_tokens: int | None, batch_size: int, stream_from_rows: int | None
-) -> None:
+def _config(model: str | Path | PreTrainedConfig, options: dict[str, Any]) -> PreTrainedConfig:
+    if isinstance(model, PreTrainedConfig):
+        for name in options:
+            raise ValueError(f"`{name}` is for reading a config, and `model` is one already: set it there.")
+        return model
+    config, unused = AutoConfig.from_pretrained(model, return_unused_kwargs=True, **options)
+    for name in unused:
+        raise ValueError(f"`{name}` is unknown: expected an argument of `plan_device_map` or a field of the config.")
+    return config
+
+
+def _check(config: Any, strategy: str, for_experts: dict[str, Any]) -> None:
+    """`for_experts`: arguments that do something only where experts are placed one by one."""
     if not isinstance(config, SkyworkConfig | SkyworkMoeConfig):
         raise ValueError(f"`model` is of type {config.model_type!r}: expected a Skywork model.")
     if strategy not in STRATEGIES:
         raise ValueError(f"`strategy`={strategy!r}: expected one of {', '.join(STRATEGIES)}.")
-    counts = {"context_tokens": context_tokens, "batch_size": batch_size, "stream_from_rows": stream_from_rows}
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}`={value}: expected at least 1.")
+    whole = "a dense model" if isinstance(config, SkyworkConfig) else f'strategy="{strategy}"'
+    for name, value in for_experts.items():
+        if value is not None and (isinstance(config, SkyworkConfig) or strategy != "experts"):
+            raise ValueError(f"`{name}` is for experts that are placed one by one: leave it away with {whole}.")
     if strategy == "experts" and getattr(config, "experts_layout", None) == "fused":
         raise ValueError(
             'experts_layout="fused" holds the experts of a layer in one tensor, which cannot be spread: leave it '
             'away, or take strategy="layers".'
         )
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}`={value}: expected at least 1.")
 
 
 def _refusal(request: Request, shortfall: int) -> str:
