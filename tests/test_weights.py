@@ -14,9 +14,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import LAYOUTS, checkpoint, tiny_dense_config, tiny_moe_config
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from skywork_hf import SkyworkForCausalLM, SkyworkMoeForCausalLM
+from skywork_hf import SkyworkForCausalLM, SkyworkInt8Config, SkyworkModel, SkyworkMoeForCausalLM
+from skywork_hf.checkpoints.convert import convert_checkpoint
 
 GOLDEN = ("skywork-13b-tiny", "skywork-moe-tiny")
 
@@ -215,6 +216,64 @@ def test_an_expert_of_the_wrong_shape_is_refused_in_both_layouts(tmp_path):
     for layout in LAYOUTS:
         with pytest.raises(RuntimeError):
             AutoModelForCausalLM.from_pretrained(tmp_path, experts_layout=layout)
+
+
+def other_names(family: str, folder: Path, file: str) -> Path:
+    """A checkpoint whose config is ours and whose tensors have names of the training code, or of nobody."""
+    model = SkyworkForCausalLM(tiny_dense_config()) if family == "dense" else SkyworkMoeForCausalLM(tiny_moe_config())
+    if family == "dense":
+        state = {name.replace("model.layers", "transformer.h"): tensor for name, tensor in model.state_dict().items()}
+    else:
+        model.save_pretrained(folder / "hub")
+        state = tensors_of(convert_checkpoint(folder / "hub", folder / "raw", to="training"))
+    model.config.save_pretrained(folder)
+    if file == "bin":
+        write_bin(folder, state, sharded=True)
+    else:
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("file", ["bin", "safetensors"])
+@pytest.mark.parametrize("family", ["dense", "moe"])
+def test_other_names_are_refused_with_the_command_that_converts(family, file, tmp_path):
+    folder = other_names(family, tmp_path, file)
+    named = "mlp.moe" if family == "moe" else "transformer.h.0"
+    options = [{"experts_layout": layout} for layout in LAYOUTS] if family == "moe" else [{}]
+    for cls in (AutoModel, AutoModelForCausalLM):
+        for option in options:
+            with pytest.raises(ValueError, match=rf"{folder} has no tensor .*{named}.*`skywork-hf convert {folder} "):
+                cls.from_pretrained(folder, **option)
+    with pytest.raises(ValueError, match=f"skywork-hf inspect {folder}`"):
+        AutoModel.from_pretrained(folder, quantization_config=SkyworkInt8Config())
+
+
+def test_a_gate_of_the_other_kind_is_refused(tmp_path):
+    SkyworkMoeForCausalLM(tiny_moe_config()).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"has no tensor `model.layers.\*.block_sparse_moe.gate.\*.weight`, but .*gate.weight'"
+    ):
+        AutoModelForCausalLM.from_pretrained(tmp_path, moe_2layer_gate=True)
+
+
+def test_what_a_checkpoint_may_lack(tmp_path):
+    """A head, what is tied, what is of another size where that is asked for, and all where the state is the user's."""
+    config = tiny_dense_config(tie_word_embeddings=True)
+    SkyworkForCausalLM(config).save_pretrained(tmp_path / "tied")
+    SkyworkModel(tiny_dense_config()).save_pretrained(tmp_path / "base")
+    for cls, folder, missing in (
+        (AutoModelForSequenceClassification, "tied", {"score.weight"}),
+        (AutoModel, "tied", set()),
+        (AutoModelForCausalLM, "tied", set()),
+        (AutoModelForCausalLM, "base", {"lm_head.weight"}),
+    ):
+        _, info = cls.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert info["missing_keys"] == missing
+    options = {"intermediate_size": 40, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "tied", **options)
+    assert len(info["mismatched_keys"]) == 6
+    _, info = SkyworkForCausalLM.from_pretrained(None, config=config, state_dict={}, output_loading_info=True)
+    assert info["missing_keys"]
 
 
 class Surprise:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,8 +16,8 @@ from .headers import read_headers, refuse_undeclared_quantization
 
 
 class SkyworkLoadingMixin(SkyworkAdaptersMixin):
-    """Device maps down to the expert, and refuses quantised weights that the config does not speak of: they would be
-    read without their scales."""
+    """Device maps down to the expert, and refuses quantised weights that the config does not speak of, which would be
+    read without their scales, and checkpoints whose tensors have other names, which would be filled at random."""
 
     # `placement.dispatch.load_placed`, `quantization.bitsandbytes.unpack` and `.unpack_in_time`. Set by
     # `registration`, as placement and quantisation stand above the models.
@@ -46,6 +48,8 @@ class SkyworkLoadingMixin(SkyworkAdaptersMixin):
         if is_adapter and checkpoint_files and not load_config.ignore_mismatched_sizes:
             info = loaded[0]
             check_adapter(model, info.missing_keys, info.unexpected_keys, info.mismatched_keys)
+        if not is_adapter and state_dict is None and checkpoint_files:
+            refuse_other_names(model, loaded[0], checkpoint_files)
         if load_config.hf_quantizer is not None:
             SkyworkLoadingMixin._unpack_in_time(model)
         return loaded
@@ -76,3 +80,33 @@ class SkyworkLoadingMixin(SkyworkAdaptersMixin):
         type(self)._unpack(self)
         # transformers asks the config, where saving has left a string.
         return super().dequantize(dtype or self.dtype)
+
+
+def refuse_other_names(model: Any, loaded: Any, files: list[str]) -> None:
+    """Raise ValueError where a checkpoint has not one tensor of a kind that the model's decoder has, such as one for
+    each expert of each layer: transformers would go on to fill them all at random. What heads lack is filled, as
+    everywhere, and what is missing here and there is reported by transformers.
+
+    Args:
+        loaded: with the sets `missing_keys`, `unexpected_keys`, `mismatched_keys`, and `conversion_errors`.
+        files: of the checkpoint.
+    """
+    if loaded.conversion_errors:
+        return  # transformers raises them
+    body = getattr(model, model.base_model_prefix, model)
+    prefix = "" if body is model else f"{model.base_model_prefix}."
+    missing = set(loaded.missing_keys) - {name for name, *_ in loaded.mismatched_keys}
+    kinds: dict[str, list[str]] = {}
+    for name, _ in body.named_parameters():
+        if name.endswith(("weight", "_proj")):  # scales are the quantisers' to check
+            kinds.setdefault(re.sub(r"\.\d+(?=\.)", ".*", prefix + name), []).append(prefix + name)
+    for kind, names in kinds.items():
+        if missing.issuperset(names):
+            folder = Path(files[0]).parent
+            others = [name for name in loaded.unexpected_keys if not name.endswith("inv_freq")]
+            other = min(others, key=lambda name: (not re.search(r"\.\d+\.", name), name), default=None)
+            raise ValueError(
+                f"{folder} has no tensor `{kind}`{f', but {other!r}' if other else ''}: these are not the names that "
+                f"its config asks for, and nothing is filled at random. `skywork-hf inspect {folder}` tells what "
+                f"it is, and `skywork-hf convert {folder} NEW_FOLDER` writes what can be loaded."
+            )

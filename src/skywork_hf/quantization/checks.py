@@ -84,7 +84,10 @@ def check_scales(scales: list[StoredTensor]) -> None:
 def _get(stored: dict[str, StoredTensor], name: str) -> StoredTensor:
     if name not in stored:
         file = next(iter(stored.values())).file
-        raise ValueError(f"`{name}` is missing: neither {file} nor a file beside it that was read holds it.")
+        raise ValueError(
+            f"`{name}` is missing: neither {file} nor a file beside it that was read holds it. `skywork-hf inspect "
+            f"{file.parent}` says what is there."
+        )
     return stored[name]
 
 
