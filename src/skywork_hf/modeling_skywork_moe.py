@@ -38,6 +38,7 @@ from .compat import CACHE, cache_argument, slice_logits_to_keep
 from .configuration_skywork import SkyworkMoeConfig
 from .loading import SkyworkLoadingMixin
 from .losses import SkyworkLossMixin, at_least_one, target_count
+from .overflow import OverflowWatch
 
 logger = logging.get_logger(__name__)
 
@@ -184,6 +185,7 @@ class SkyworkMoeExperts(nn.ModuleList):
 
     def __init__(self, config: SkyworkMoeConfig) -> None:
         super().__init__(SkyworkMoeExpert(config) for _ in range(config.num_local_experts))
+        self.overflow = OverflowWatch()
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -207,7 +209,7 @@ class SkyworkMoeExperts(nn.ModuleList):
         # On its way before the wait below, and there after it.
         rows_on_cpu = rows.to("cpu", non_blocking=True) if self._needs_cpu_rows(rows) else rows
         starts = torch.arange(len(self) + 1, device=expert_of_pair.device)
-        bounds = torch.searchsorted(expert_of_pair, starts).tolist()
+        bounds = self.overflow.read_with(torch.searchsorted(expert_of_pair, starts))
 
         outputs = self._outputs(rows, rows_on_cpu, bounds)
         weighted = torch.cat(outputs) * top_k_weights.flatten()[pair].unsqueeze(-1)
@@ -260,15 +262,17 @@ class SkyworkMoeBlock(nn.Module):
         super().__init__()
         self.gate = SkyworkMoeTwoLayerGate(config) if config.moe_2layer_gate else SkyworkMoeGate(config)
         self.experts = SkyworkMoeExperts(config) if config.experts_layout == "modular" else MixtralExperts(config)
+        self.overflow = getattr(self.experts, "overflow", None) or OverflowWatch()
         self.input_scale = config.num_experts_per_tok if config.multiplies_input_by_top_k else None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[batch, tokens, hidden_size] to the same shape."""
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, top_k_weights, top_k_index = self.gate(rows)
-        if self.input_scale is not None:
-            rows = rows * self.input_scale
-        return self.experts(rows, top_k_index, top_k_weights).view(hidden_states.shape)
+        scaled = rows if self.input_scale is None else rows * self.input_scale
+        outputs = self.experts(scaled, top_k_index, top_k_weights)
+        self.overflow.look(rows, outputs)
+        return outputs.view(hidden_states.shape)
 
 
 class SkyworkMoeDecoderLayer(MixtralDecoderLayer):

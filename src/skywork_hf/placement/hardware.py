@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers.integrations.accelerate import get_max_memory
 GIB = 2**30
 CPU, DISK = "cpu", "disk"
 FP8_CAPABILITY = (8, 9)
+BF16_CAPABILITY = (8, 0)
 # Bytes copied to measure a bandwidth: more than any cache holds.
 _PROBE = 2**28
 
@@ -73,6 +74,7 @@ class Device:
         budget: bytes that may be used in all.
         bandwidth: of its memory, in bytes a second; None where nobody said.
         has_fp8_unit: whether it multiplies FP8; None where nobody said.
+        has_bf16_unit: whether it multiplies bfloat16; None where nobody said.
     """
 
     key: int | str
@@ -80,6 +82,7 @@ class Device:
     budget: int
     bandwidth: float | None = None
     has_fp8_unit: bool | None = None
+    has_bf16_unit: bool | None = None
 
     @property
     def is_gpu(self) -> bool:
@@ -153,7 +156,8 @@ def _device(key: int | str, value: Any, bandwidth: dict[int | str, float]) -> De
     name, spec = (named, CARDS[named]) if named else here
     budget = int(CARDS[named].memory * GIB) if named else _bytes(key, value)
     speed = bandwidth.get(key, spec.bandwidth * 1e9 if spec else None)
-    return Device(key, name, budget, speed, spec.capability >= FP8_CAPABILITY if spec else None)
+    units = [spec.capability >= needed if spec else None for needed in (FP8_CAPABILITY, BF16_CAPABILITY)]
+    return Device(key, name, budget, speed, *units)
 
 
 def _speed(key: Any, value: float) -> float:
@@ -214,4 +218,4 @@ def device_like(name: str, gpus: list[Device]) -> Device:
         raise ValueError(str(error).replace("`max_memory` of -1", "The card")) from None
     if new.name or not gpus:
         return new
-    return Device(-1, gpus[0].name, new.budget, gpus[0].bandwidth, gpus[0].has_fp8_unit)
+    return replace(gpus[0], key=-1, budget=new.budget)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from .hardware import CPU, DISK, GIB
 from .placer import KINDS
 from .plan import Comparison, PlacementPlan
@@ -95,7 +97,21 @@ def _conclusions(plan: PlacementPlan) -> list[str]:
             f"{', '.join(map(str, unpacked))}: no fast kernel for one token of {_weights(plan, unpacked[0])}; each "
             "matmul unpacks its weights first, which the bound does not count"
         )
-    return lines
+    return lines + _about_16_bit(plan)
+
+
+def _about_16_bit(plan: PlacementPlan) -> list[str]:
+    """What float16 risks, and what bfloat16 costs on cards that are older than it."""
+    dtype, request = plan.request.precision().dtype, plan.request
+    overflow = "experts may compute values beyond 65,504, which float16 cannot hold"
+    has_experts = hasattr(request.config, "num_local_experts")
+    if dtype is torch.float16 and has_experts:
+        return [f"float16: {overflow}; bfloat16 and float32 can"]
+    old = [str(device.key) for device in request.gpus if device.has_bf16_unit is False]
+    if dtype is torch.bfloat16 and old:
+        instead = f"float16 is faster there{f', but {overflow}' if has_experts else ''}"
+        return [f"{', '.join(old)}: no bfloat16 unit, so it is slower there than the bound says; {instead}"]
+    return []
 
 
 def speed(plan: PlacementPlan) -> str:
