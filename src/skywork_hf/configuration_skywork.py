@@ -16,6 +16,7 @@ from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .compat import CACHE
+from .trust import MODEL_TYPES, refuse_tokenizer_code
 
 EXPERTS_LAYOUTS = ("modular", "fused")
 # What we call `fp8` with one scale for each matrix, once it is read: transformers' own `fp8` is another format, with
@@ -30,8 +31,9 @@ else:
 # Spellings of released configs that are not fields of our dataclasses, but mean one.
 _RELEASED_SPELLINGS = {"num_experts", "rope_scaling", "rope_theta"}
 # Left behind when a released config is read: `auto_map` names remote code that is not used, `pretraining_tp` slices
-# matmuls and changes nothing but rounding, `model_type` is the class's own.
-_RELEASED_LEFTOVERS = ("auto_map", "pretraining_tp", "model_type")
+# matmuls and changes nothing but rounding, `model_type` is the class's own. `custom_pipelines` is code as well, and
+# `model_name` here is a property.
+_RELEASED_LEFTOVERS = ("auto_map", "custom_pipelines", "pretraining_tp", "model_type", "model_name")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts")
 
 _EXPERTS = "layers.*.block_sparse_moe.experts"
@@ -96,6 +98,18 @@ class _SkyworkConfigMixin(_ConfigBase):
 
         Keywords that are config fields override `config_dict` before anything is checked.
         """
+        try:
+            return cls._from_dict(config_dict, **kwargs)
+        except (ValueError, OSError) as error:
+            # After these, AutoTokenizer goes on without this config.
+            try:
+                refuse_tokenizer_code(kwargs.get("name_or_path", ""), RuntimeError)
+            except RuntimeError as refusal:
+                raise RuntimeError(f"{error} And {refusal}") from error
+            raise
+
+    @classmethod
+    def _from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         own = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
         overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in own | _RELEASED_SPELLINGS}
         if any(key in overrides for key in _EXPERT_COUNTS):
@@ -110,6 +124,18 @@ class _SkyworkConfigMixin(_ConfigBase):
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config._asked_for_fused = overrides.get("experts_layout") == "fused"
         return loaded
+
+    @property
+    def model_name(self) -> str:
+        """Not there. AutoTokenizer asks for it before it looks for a tokenizer's class: the one place where code of
+        the checkpoint can be refused.
+
+        Raises:
+            ValueError: AutoTokenizer would run code of the checkpoint.
+            AttributeError: it would not.
+        """
+        refuse_tokenizer_code(self.name_or_path)
+        raise AttributeError(f"{type(self).__name__} has no `model_name`.")
 
     def to_dict(self) -> dict[str, Any]:
         return _as_in_files(super().to_dict())
@@ -132,7 +158,7 @@ class _SkyworkConfigMixin(_ConfigBase):
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
-        if config_dict.get("model_type") in ("skywork", "skywork_moe"):
+        if config_dict.get("model_type") in MODEL_TYPES:
             config_dict["model_type"] = cls.model_type  # the family is told by `from_dict`, not by this string
         return config_dict, kwargs
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from .adapters import SkyworkAdaptersMixin, check_adapter, dora_renaming
 from .headers import read_headers, refuse_undeclared_quantization
+from .trust import is_ours
 
 
 class SkyworkLoadingMixin(SkyworkAdaptersMixin):
@@ -53,6 +54,22 @@ class SkyworkLoadingMixin(SkyworkAdaptersMixin):
         if load_config.hf_quantizer is not None:
             SkyworkLoadingMixin._unpack_in_time(model)
         return loaded
+
+    def load_custom_generate(
+        self, pretrained_model_name_or_path: Any = None, trust_remote_code: bool | None = None, **kwargs: Any
+    ) -> Callable[..., Any]:
+        """transformers' own, but for what comes with a Skywork checkpoint, which never runs.
+
+        Raises:
+            OSError: it does; or there is none, which `from_pretrained` passes over alike.
+        """
+        name = pretrained_model_name_or_path
+        if str(name) == str(self.config.name_or_path) or is_ours(name, **kwargs):
+            raise OSError(
+                f"`custom_generate` of {name} is not run, as no code of a Skywork checkpoint is: give `generate` the "
+                "function itself, imported from where you have read it."
+            )
+        return super().load_custom_generate(name, trust_remote_code=trust_remote_code, **kwargs)  # type: ignore[misc]
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """transformers' own, for the fused layout.
