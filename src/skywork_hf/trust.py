@@ -20,10 +20,10 @@ def refuse_tokenizer_code(name: str | os.PathLike[str], error: type[Exception] =
     """Refuse a checkpoint whose tokenizer AutoTokenizer would make of the checkpoint's own code.
 
     Args:
-        name: a folder, in all of which is looked, or a name on the Hub.
+        name: a folder, in all of which is looked, or a name on the Hub; none of a config that was never read.
         error: what is raised.
     """
-    for where, content in _tokenizer_configs(str(name)):
+    for where, content in _tokenizer_configs(str(name)) if name else ():
         auto_map = content.get("auto_map")
         code = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
         if code and not _is_installed(content.get("tokenizer_class")):
