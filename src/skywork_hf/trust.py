@@ -16,7 +16,7 @@ _TOKENIZER_CONFIG = "tokenizer_config.json"
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
-def refuse_tokenizer_code(name: str | os.PathLike[str], error: type[Exception] = ValueError) -> None:
+def refuse_tokenizer_code(name: str | os.PathLike[str] | None, error: type[Exception] = ValueError) -> None:
     """Refuse a checkpoint whose tokenizer AutoTokenizer would make of the checkpoint's own code.
 
     Args:
