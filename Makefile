@@ -3,16 +3,31 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-SDIST := .cache/transformers-tests
+# transformers' own tests, of the version that is installed
+SDIST = sdist=$$($(BIN)/python scripts/fetch_transformers_tests.py .cache/transformers-tests) && TRANSFORMERS_SDIST=$$sdist
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
+# The oldest transformers that pyproject.toml allows, and the tests that depend on its version.
+OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+ON_OLDEST := $(addprefix tests/test_, adapters.py compat.py configuration_skywork.py generation_and_training.py \
+	modeling_skywork.py modeling_skywork_moe.py placement_dispatch.py quantization.py registration.py \
+	tokenization_skywork.py weights.py) tests/transformers_common
 
-.PHONY: demo test lint types style check clean
+.PHONY: demo test test-oldest soak lint types style check clean installed-dev
 
 demo: $(VENV)/installed
 	$(BIN)/skywork-hf demo
 
 test: $(VENV)/installed-dev
-	sdist=$$($(BIN)/python scripts/fetch_transformers_tests.py $(SDIST)) && \
-	TRANSFORMERS_SDIST=$$sdist $(BIN)/python -m pytest -n auto --dist worksteal
+	$(SDIST) $(PYTEST)
+
+test-oldest: $(VENV)/installed-dev .cache/transformers-$(OLDEST)
+	export PYTHONPATH=$(CURDIR)/.cache/transformers-$(OLDEST) && $(SDIST) $(PYTEST) -k "not fsdp and not hsdp and not ddp and not tp and not overfit" $(ON_OLDEST)
+
+# What kills, races and random input do, at full size; `make test` has a small version of each.
+soak: $(VENV)/installed-dev
+	$(PYTEST) -m soak
+
+installed-dev: $(VENV)/installed-dev
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -25,10 +40,14 @@ style: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-check: lint types test
+check: lint types soak test-oldest test
 
 clean:
 	rm -rf $(VENV) .cache dist
+
+.cache/transformers-$(OLDEST): $(VENV)/made
+	$(PIP) --no-deps --target $@ "transformers==$(OLDEST)"
+	touch $@
 
 $(VENV)/made:
 	$(PYTHON) -m venv $(VENV)

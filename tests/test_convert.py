@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -27,7 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import checkpoint, golden, stir, tiny_dense_config, tiny_moe_config, tokens
+from tiny import checkpoint, forked, golden, stir, tiny_dense_config, tiny_moe_config, tokens
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -45,13 +46,16 @@ from skywork_hf import (
     SkyworkMoeForCausalLM,
 )
 from skywork_hf.checkpoints import convert as convert_module
+from skywork_hf.checkpoints import writer
 from skywork_hf.checkpoints.comparison import compare_checkpoints
 from skywork_hf.checkpoints.convert import (
     MANIFEST,
     convert_checkpoint,
     quantize_checkpoint,
     upcycle_checkpoint,
+    write_checkpoint,
 )
+from skywork_hf.checkpoints.sources import read_source
 from skywork_hf.cli import main
 
 DENSE, MOE, FP8, RAW = (
@@ -509,102 +513,91 @@ def count_shards(monkeypatch: pytest.MonkeyPatch, written: list[Any]) -> None:
 # --- interrupted
 
 
-def test_killed_at_any_moment_and_resumed_it_ends_byte_equal(tmp_path):
-    program = (
-        "import sys, time; from skywork_hf.checkpoints import writer, convert\n"
-        "real = writer._write\n"
-        "def slow(*a):\n"
-        "    time.sleep(0.03); real(*a)\n"
-        "writer._write = slow\n"
-        "print('ready', flush=True)\n"
-        "convert.convert_checkpoint(sys.argv[1], sys.argv[2], max_shard_size='100KB', resume=True)\n"
-    )
+def writes_slowly(source: Path, target: Path) -> None:
+    real = writer._write
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.03)
+        real(*arguments)
+
+    writer._write = slow
+    convert_checkpoint(source, target, max_shard_size="100KB", resume=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="each conversion is in a process of its own")
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.soak)])
+def test_killed_at_any_moment_and_resumed_it_ends_byte_equal(kills, tmp_path):
     source, target = checkpoint(MOE), tmp_path / "hub"
     expected = digest(convert_checkpoint(source, tmp_path / "whole", max_shard_size="100KB"))
     before = digest(source)
     moments = random.Random(0)
-    kills = 0
+    killed = 0
     while not target.exists():
-        run = subprocess.Popen(
-            [sys.executable, "-c", program, str(source), str(target)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        assert run.stdout.readline() == b"ready\n"
-        if kills < 10:
-            time.sleep(moments.uniform(0.0, 0.4))
-            run.send_signal(signal.SIGKILL)
-            kills += 1
-        run.wait()
+        child = forked(lambda: writes_slowly(source, target))
+        if killed < kills:
+            time.sleep(moments.uniform(0.0, 0.4 if kills < 10 else 0.1))
+            os.kill(child, signal.SIGKILL)
+            killed += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        else:
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert not target.exists() or digest(target) == expected
     assert digest(target) == expected
     assert digest(source) == before
     assert not (tmp_path / "hub.unfinished").exists()
-    assert kills == 10
+    assert killed > 1
 
 
-KILLED_AT_EACH_STEP = """
-import gc, hashlib, itertools, os, shutil, sys
-from pathlib import Path
-from skywork_hf.checkpoints.convert import write_checkpoint
-from skywork_hf.checkpoints.sources import read_source
+def converts(source: Any, target: Path, resume: bool = True, lives: int | None = None) -> bool:
+    """Convert in a process of its own, which dies before it changes the disk for the time after `lives`; whether it
+    lived on to the end."""
 
-source, folder = read_source(Path(sys.argv[1])), Path(sys.argv[2])
-gc.freeze()  # so that children share the memory
-steps = ("os.rename", "os.mkdir", "os.remove", "os.rmdir")
-os.fsync = lambda descriptor: None  # a process that dies loses nothing that it wrote
+    def convert() -> None:
+        left = itertools.repeat(1) if lives is None else iter(range(lives, -1, -1))
 
+        def hook(event: str, arguments: Any) -> None:
+            opens = event == "open" and str(arguments[0]).startswith(str(target))
+            if (opens or event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir")) and not next(left):
+                os._exit(9)
 
-def convert(name, resume, lives=None):
-    # In a process of its own, which dies before it changes the disk for the time after `lives`.
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    left = itertools.repeat(1) if lives is None else iter(range(lives, -1, -1))
+        os.fsync = lambda descriptor: None  # a process that dies loses nothing that it wrote
+        sys.addaudithook(hook)
+        write_checkpoint(source, target, max_shard_size="12KB", resume=resume)
 
-    def hook(event, arguments):
-        opens = event == "open" and str(arguments[0]).startswith(str(folder / name))
-        if (opens or event in steps) and not next(left):
-            os._exit(9)
-
-    sys.addaudithook(hook)
-    write_checkpoint(source, folder / name, max_shard_size="12KB", resume=resume)
-    os._exit(0)
-
-
-def digest(path):
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in path.iterdir()}
-
-
-assert convert("whole", False) == 0
-expected = digest(folder / "whole")
-for resumed in (False, True):  # killed once for each step, and again and again, one step later each time
-    for lives in itertools.count():
-        if convert("out", resumed, lives) == 0:
-            break
-        if (folder / "out").exists():
-            assert digest(folder / "out") == expected, lives
-        if resumed:
-            continue
-        assert convert("out", True) == 0, lives
-        assert digest(folder / "out") == expected, lives
-        assert sorted(path.name for path in folder.iterdir()) == ["out", "whole"], lives
-        shutil.rmtree(folder / "out")
-    assert lives > 20
-    assert digest(folder / "out") == expected
-    assert sorted(path.name for path in folder.iterdir()) == ["out", "whole"]
-    shutil.rmtree(folder / "out")
-"""
+    code = os.waitstatus_to_exitcode(os.waitpid(forked(convert), 0)[1])
+    assert code in (0, 9)
+    return code == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="each conversion is in a process of its own")
-def test_killed_before_each_change_of_the_disk_and_resumed_it_ends_byte_equal(tmp_path):
+@pytest.mark.parametrize("stride", [9, pytest.param(1, marks=pytest.mark.soak)])
+def test_killed_before_changes_of_the_disk_and_resumed_it_ends_byte_equal(stride, tmp_path):
+    """Killed once, before each change of the disk (`make test`: before some), and killed again and again, each time
+    that many changes later."""
     saved(tmp_path / "source", num_hidden_layers=1, vocab_size=16, intermediate_size=16)
-    (tmp_path / "out").mkdir()
-    command = [sys.executable, "-c", KILLED_AT_EACH_STEP, str(tmp_path / "source"), str(tmp_path / "out")]
-    environment = {**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr[-3000:]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    source = read_source(tmp_path / "source")
+    assert converts(source, folder / "whole", resume=False)
+    expected = digest(folder / "whole")
+
+    def ends_equal() -> None:
+        assert digest(folder / "out") == expected, lives
+        assert sorted(path.name for path in folder.iterdir()) == ["out", "whole"], lives
+        shutil.rmtree(folder / "out")
+
+    for lives in itertools.count(0, stride):
+        if converts(source, folder / "out", resume=False, lives=lives):
+            break
+        if (folder / "out").exists():
+            assert digest(folder / "out") == expected, lives
+        assert converts(source, folder / "out"), lives
+        ends_equal()
+    assert lives > 20
+    ends_equal()
+    for lives in itertools.count(0, stride):
+        if converts(source, folder / "out", lives=lives):
+            break
+    ends_equal()
 
 
 def test_everything_is_on_the_disk_before_the_result_has_its_name(tmp_path, monkeypatch):

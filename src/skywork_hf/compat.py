@@ -20,6 +20,15 @@ _RELEASE = Version(transformers.__version__).release
 CACHE = "cache" if _RELEASE >= (5, 24) else "past_key_values"
 
 
+def warns_of_the_old_cache_name(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A `forward` that takes both names, and warns where transformers' own models do."""
+    if CACHE != "cache":
+        return forward
+    from transformers.utils.deprecation import deprecate_kwarg
+
+    return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(forward)
+
+
 def cache_argument(past_key_values: Any, cache: Any) -> dict[str, Any]:
     """What a `forward` that takes both names hands on to transformers' own, which warns of the old one."""
     return {CACHE: past_key_values if cache is None else cache}

@@ -34,7 +34,7 @@ from transformers.models.mixtral.modeling_mixtral import (
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder
 
-from .compat import CACHE, cache_argument, slice_logits_to_keep
+from .compat import CACHE, cache_argument, slice_logits_to_keep, warns_of_the_old_cache_name
 from .configuration_skywork import SkyworkMoeConfig
 from .loading import SkyworkLoadingMixin
 from .losses import SkyworkLossMixin, at_least_one, target_count
@@ -396,6 +396,7 @@ class SkyworkMoeForCausalLM(SkyworkMoePreTrainedModel, MixtralForCausalLM):
         self.post_init()
 
     @can_return_tuple
+    @warns_of_the_old_cache_name
     def forward(  # type: ignore[misc]  # names that TransformersKwargs has too, as Mixtral's own forward
         self,
         input_ids: torch.LongTensor | None = None,

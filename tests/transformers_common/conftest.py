@@ -2,7 +2,8 @@
 
 They are not in transformers' wheel. The environment variable TRANSFORMERS_SDIST names an unpacked source distribution
 of the installed version (`scripts/fetch_transformers_tests.py` fetches it); without it, what is here is skipped.
-Modules that these tests import and that no distribution has come from `stand_ins/`.
+Modules that these tests import and that the distribution lacks come from `stand_ins/`; a checkout of transformers'
+repository lacks none.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ def _offer(theirs: Path) -> None:
     package = folder / "tests"
     package.mkdir()
     (package / "__init__.py").touch()
-    for path in [*(HERE / "stand_ins").iterdir(), *theirs.glob("*.py")]:
-        if not (package / path.name).exists():
+    stand_ins = list((HERE / "stand_ins").iterdir())
+    for path in [*theirs.glob("*.py"), *(theirs / ours.name for ours in stand_ins), *stand_ins]:
+        if path.exists() and not (package / path.name).exists():
             (package / path.name).symlink_to(path)
     sys.path.insert(0, str(folder))
     ours = sys.modules["tests"]
