@@ -195,8 +195,10 @@ class TransformersRunner:
 
     @torch.no_grad()
     def go_on(self, tokens: list[int]) -> None:
-        outputs = self.model(torch.tensor([tokens]), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.cache = outputs.past_key_values
+        from skywork_hf.compat import CACHE
+
+        outputs = self.model(torch.tensor([tokens]), use_cache=True, logits_to_keep=1, **{CACHE: self.cache})
+        self.cache = outputs[CACHE]
 
 
 class LlamaCppRunner:

@@ -39,6 +39,7 @@ from load import write_mixtral
 from transformers import AutoModelForCausalLM
 
 from skywork_hf import SkyworkMoeConfig, SkyworkMoeForCausalLM
+from skywork_hf.compat import CACHE
 from skywork_hf.modeling_skywork_moe import SkyworkMoeExperts, SkyworkMoeGate
 
 LAYERS, EXPERTS = 10, 16
@@ -139,7 +140,7 @@ def decode(model: Any, tokens: int, forget: Callable[[], None] | None = None) ->
         if forget:
             forget()
         before, start = bytes_from_disk(), time.perf_counter()
-        step = model(token, past_key_values=step.past_key_values, use_cache=True)
+        step = model(token, use_cache=True, **{CACHE: step[CACHE]})
         seconds += time.perf_counter() - start
         read += bytes_from_disk() - before
     return generated, seconds, read

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.cache_utils import DynamicCache
 
 from skywork_hf import SkyworkForCausalLM, SkyworkMoeForCausalLM
+from skywork_hf.compat import CACHE
 
 FAMILIES = {
     "dense": lambda **changes: SkyworkForCausalLM(tiny_dense_config(**changes)),
@@ -49,10 +50,10 @@ def test_decoding_token_by_token_equals_one_forward(model, static):
     ids = tokens(2, 12)
     expected = model(ids, use_cache=False).logits
     cache = StaticCache(config=model.config, max_cache_len=16) if static else DynamicCache(config=model.config)
-    steps = [model(ids[:, :5], past_key_values=cache).logits]
+    steps = [model(ids[:, :5], **{CACHE: cache}).logits]
     for position in range(5, 12):
         where = torch.tensor([[position]])
-        steps.append(model(ids[:, position : position + 1], past_key_values=cache, position_ids=where).logits)
+        steps.append(model(ids[:, position : position + 1], **{CACHE: cache}, position_ids=where).logits)
     close(torch.cat(steps, dim=1), expected)
 
 
@@ -163,9 +164,9 @@ def test_fullgraph_compiled_decode_step_of_the_fused_layout():
     ids = tokens(1, 6)
     expected = model(ids).logits[:, -1]
     cache = StaticCache(config=model.config, max_cache_len=8)
-    model(ids[:, :5], past_key_values=cache)
+    model(ids[:, :5], **{CACHE: cache})
     step = torch.compile(model.forward, fullgraph=True)
-    logits = step(ids[:, 5:], past_key_values=cache, position_ids=torch.tensor([[5]])).logits
+    logits = step(ids[:, 5:], **{CACHE: cache}, position_ids=torch.tensor([[5]])).logits
     close(logits[:, -1], expected)
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig, Mixtral
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralExperts
 
 from skywork_hf import SkyworkModel, SkyworkMoeConfig, SkyworkMoeForCausalLM, SkyworkMoeModel
+from skywork_hf.compat import CACHE
 from skywork_hf.modeling_skywork_moe import SkyworkMoeBlock, SkyworkMoeExperts, load_balancing_loss
 
 NAME = "skywork-moe-tiny"
@@ -266,8 +267,8 @@ def test_auxiliary_loss_while_decoding_counts_the_new_tokens_only():
     model = SkyworkMoeForCausalLM(tiny_moe_config()).eval()
     ids = tokens(2, 6)
     mask = torch.ones_like(ids)
-    cache = model(ids[:, :4], attention_mask=mask[:, :4], use_cache=True).past_key_values
-    outputs = model(ids[:, 4:], attention_mask=mask, past_key_values=cache, output_router_logits=True)
+    cache = model(ids[:, :4], attention_mask=mask[:, :4], use_cache=True)[CACHE]
+    outputs = model(ids[:, 4:], attention_mask=mask, output_router_logits=True, **{CACHE: cache})
     torch.testing.assert_close(outputs.aux_loss, load_balancing_loss(outputs.router_logits, model.config).sum())
 
 

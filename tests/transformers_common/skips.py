@@ -10,6 +10,7 @@ from __future__ import annotations
 _ONE_LOOP = {
     "test_eager_matches_batched_and_grouped_inference_*": "It compares implementations of the experts, of which the "
     "modular layout has one.",
+    "test_ep_*": "Expert parallelism splits the 3-D parameters of the fused layout; 5.19 fails where others skip.",
 }
 
 _NOTHING_OF_THE_MODEL = {
