@@ -1,7 +1,8 @@
 """What the fine-tuning examples share: arguments, placement, the training on chats, and answers to look at.
 
-`--data` takes files of your own with a JSON object in each line, `{"instruction": ..., "input": ..., "output": ...}`
-or `{"messages": [{"role": ..., "content": ...}, ...]}`. Every tenth chat is held out.
+`--data` takes files of your own with a JSON object in each line, `{"instruction": ..., "input": ..., "output": ...}`,
+`{"messages": [{"role": ..., "content": ...}, ...]}` or what else `read_conversations` reads. Every tenth chat is held
+out.
 """
 
 from __future__ import annotations

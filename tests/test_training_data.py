@@ -1,4 +1,4 @@
-"""Chats as training data: both forms of file, labels on the answers alone, and what is refused."""
+"""Chats as training data: the forms of files, labels on the answers alone, and what is refused."""
 
 from __future__ import annotations
 
@@ -33,10 +33,38 @@ def written(path: Path, *lines: object) -> Path:
     return path
 
 
-def test_both_forms_are_the_same_chat(tmp_path):
+def test_all_forms_are_the_same_chat(tmp_path):
     plain = {"instruction": QUESTION["content"], "output": ANSWER["content"]}
-    rows = [plain, plain | {"input": ""}, plain | {"input": None}, "", {"messages": [QUESTION, ANSWER], "id": 3}]
-    assert read_conversations(written(tmp_path / "rows.jsonl", *rows)) == [[QUESTION, ANSWER]] * 4
+    sharegpt = [{"from": "human", "value": QUESTION["content"]}, {"from": "gpt", "value": ANSWER["content"]}]
+    rows = [plain, plain | {"input": ""}, plain | {"input": None, "system": "", "history": []}, ""]
+    rows += [{"messages": [QUESTION, ANSWER]}, {"conversations": sharegpt}, {"conversations": [QUESTION, ANSWER]}]
+    with CaptureLogger(logger) as said:
+        assert read_conversations(written(tmp_path / "rows.jsonl", *rows)) == [[QUESTION, ANSWER]] * 6
+    assert not said.out
+
+
+def test_systems_and_histories_are_read(tmp_path):
+    system, *turns = CHAT
+    texts = [message["content"] for message in turns]
+    alpaca = {"instruction": texts[2], "output": texts[3], "system": system["content"], "history": [texts[:2]]}
+    names = ("human", "gpt")
+    sharegpt = [{"from": names[place % 2], "value": text} for place, text in enumerate(texts)]
+    first = {"from": "system", "value": system["content"]}
+    rows = [alpaca, {"system": system["content"], "messages": turns}, {"conversations": [first, *sharegpt]}]
+    rows.append({"conversations": sharegpt, "system": system["content"]})
+    assert read_conversations(written(tmp_path / "rows.jsonl", *rows)) == [CHAT] * 4
+
+
+def test_what_is_not_read_and_what_is_empty_is_said(tmp_path):
+    weighed = {"messages": [QUESTION, ANSWER | {"from": "x", "weight": 0}], "tools": "[]"}
+    rows = [weighed, {"instruction": "2 + 3", "output": " ", "id": 7}, {"messages": [QUESTION, ANSWER], "id": 8}]
+    with CaptureLogger(logger) as said:
+        chats = read_conversations(written(tmp_path / "rows.jsonl", *rows))
+    assert chats[::2] == [[QUESTION, ANSWER]] * 2
+    assert (
+        "rows.jsonl has fields that are not read: `from` of messages, `id`, `tools`, `weight` of messages." in said.out
+    )
+    assert "rows.jsonl has an empty answer in 1 of 3 conversations, the first in line 2" in said.out
 
 
 def test_an_input_stands_below_its_instruction(tmp_path):
@@ -57,7 +85,17 @@ def test_an_input_stands_below_its_instruction(tmp_path):
         ({"instruction": "Add.", "input": ["2", "3"], "output": "5"}, "has no text in `input`"),
         ({"messages": "2 + 3"}, "`messages` is no list of messages"),
         ({"messages": []}, "`messages` is no list of messages"),
-        ({"messages": [QUESTION, {"from": "gpt", "value": "5"}]}, "is no message"),
+        ({"conversations": {}}, "`conversations` is no list of messages"),
+        ({"conversations": [{"from": "human"}]}, "is no message with the texts `role` and `content`"),
+        ({"conversations": [{"from": "human", "value": "x"}, {"from": "tool", "value": "5"}] * 2}, "no message has"),
+        ({"messages": [QUESTION, ANSWER], "instruction": "x"}, "has both `messages` and `instruction`"),
+        ({"instruction": "2 + 3", "output": "5", "system": ["x"]}, "has no text in `system`"),
+        ({"instruction": "2 + 3", "output": "5", "history": ["x", "y"]}, "`history` is no list of pairs"),
+        ({"instruction": "2 + 3", "output": "5", "history": [["x", None]]}, "None} is no message"),
+        ({"instruction": "2 + 3", "input": 0, "output": "5"}, "has no text in `input`"),
+        ({"messages": CHAT, "system": "x"}, 'message 2 has the role "system", not "user"'),
+        ("[" * 100_000, "is not JSON"),
+        ({"messages": [QUESTION, {"role": "assistant", "text": "5"}]}, "is no message"),
         ({"messages": [QUESTION, "5"]}, "is no message"),
         ({"messages": [QUESTION]}, 'no message has the role "assistant"'),
         ({"messages": [ANSWER, QUESTION]}, 'message 1 has the role "assistant", not "user"'),
