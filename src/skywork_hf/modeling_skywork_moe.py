@@ -319,10 +319,11 @@ class SkyworkMoePreTrainedModel(SkyworkLoadingMixin, SkyworkLossMixin, MixtralPr
     }
 
     def __init__(self, config: SkyworkMoeConfig, *args: Any, **kwargs: Any) -> None:
+        fused = getattr(config, "experts_layout", None) == "fused"
+        if fused and getattr(config, "quantization_config", None) is not None:
+            _use_modular_layout(config)
         # Not super(): in our subclasses that is MixtralModel or MixtralForCausalLM, which would build Mixtral first.
         MixtralPreTrainedModel.__init__(self, config, *args, **kwargs)
-        if config.experts_layout == "fused" and getattr(config, "quantization_config", None) is not None:
-            _use_modular_layout(config)
         # The modular layout asks the host which experts were chosen, once a layer.
         self._can_compile_fullgraph = config.experts_layout == "fused"
 
