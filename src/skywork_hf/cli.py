@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import math
+import os
 import re
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from .untrusted import printable, sentence
 
 if TYPE_CHECKING:
     from .placement import PlacementPlan
@@ -37,15 +41,43 @@ example:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. Exits with status 1 and one sentence where the input was wrong."""
-    arguments = _parser().parse_args(argv)
     try:
+        arguments = _parser().parse_args(argv)
         arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough; nor is there anything to flush at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"skywork-hf: {error}")
+        sys.exit(f"skywork-hf: {sentence(error)}")
+    except KeyboardInterrupt:
+        sys.exit("skywork-hf: interrupted.")
+    except Exception as error:
+        sys.exit(f"skywork-hf: {_unexpected(error)}")
+
+
+def _unexpected(error: Exception) -> str:
+    """A sentence, where there should have been one of ours."""
+    with tempfile.NamedTemporaryFile("w", prefix="skywork-hf-", suffix=".txt", delete=False, errors="replace") as file:
+        file.write("".join(traceback.format_exception(error)))
+    return (
+        f"{type(error).__name__}: {sentence(error)} This was not foreseen: please report it, with {file.name}, where "
+        "it comes from."
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
+def _say(text: Any) -> None:
+    """Print what may hold names from files."""
+    print(printable(text))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="skywork-hf", description="Skywork models as ordinary transformers models.")
+    parser = _Parser(prog="skywork-hf", description="Skywork models as ordinary transformers models.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     demo = commands.add_parser("demo", help="load a bundled tiny Skywork-MoE, compare it with the reference, generate")
     demo.set_defaults(run=_demo)
@@ -145,16 +177,16 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from .checkpoints.inspection import inspect_checkpoint
 
     report = inspect_checkpoint(arguments.path)
-    print(report)
+    _say(report)
     if not report.is_whole:
         sys.exit(1)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
     plan = _planned(arguments, _bandwidth(arguments.bandwidth))
-    print(plan)
+    _say(plan)
     if arguments.will_it_help:
-        print(f"\n{plan.will_it_help(arguments.will_it_help)}")
+        _say(f"\n{plan.will_it_help(arguments.will_it_help)}")
     if arguments.save:
         plan.save(arguments.save)
     if arguments.figure:
@@ -196,7 +228,7 @@ def _max_memory(arguments: argparse.Namespace) -> dict[Any, str] | None:
 
 def _cards(text: str) -> list[str]:
     """`8xrtx4090` as eight names of a card, `24GiB` as one size."""
-    found = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z].*|[\d.]+ ?[kmg]i?b)", text, re.IGNORECASE)
+    found = re.fullmatch(r"(?:([1-9][0-9]{0,2})x)?([a-z].*|[\d.]+ ?[kmg]i?b)", text, re.IGNORECASE)
     if found is None:
         raise ValueError(f"--gpu {text}: expected a card or a size, and how many, as in 8xrtx4090 or 24GiB.")
     number, card = found.groups()
@@ -217,9 +249,7 @@ def _bandwidth(texts: list[str]) -> dict[Any, float]:
         try:
             bandwidth[key] = float(text)
         except ValueError:
-            bandwidth[key] = math.nan
-        if not 0 < bandwidth[key] < math.inf:
-            raise ValueError(f"--bandwidth {key}={text}: expected GB/s above 0, as in cpu=60.")
+            raise ValueError(f"--bandwidth {key}={text}: expected GB/s, as in cpu=60.") from None
     return bandwidth
 
 
@@ -245,13 +275,13 @@ def _convert(arguments: argparse.Namespace) -> None:
 
     names = ("to", "dtype", "quantization", "adapter")
     done = convert_checkpoint(**_written(arguments), **{name: getattr(arguments, name) for name in names})
-    print(f"Wrote {done}.")
+    _say(f"Wrote {done}.")
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
     from .checkpoints.convert import quantize_checkpoint
 
-    print(f"Wrote {quantize_checkpoint(**_written(arguments), method=arguments.method)}.")
+    _say(f"Wrote {quantize_checkpoint(**_written(arguments), method=arguments.method)}.")
 
 
 def _upcycle(arguments: argparse.Namespace) -> None:
@@ -268,13 +298,13 @@ def _upcycle(arguments: argparse.Namespace) -> None:
         noise=arguments.noise,
         moe_use_logits_norm=not arguments.no_logits_norm,
     )
-    print(f"Wrote {done}.")
+    _say(f"Wrote {done}.")
 
 
 def _verify(arguments: argparse.Namespace) -> None:
     from .checkpoints.comparison import compare_checkpoints
 
     comparison = compare_checkpoints(arguments.first, arguments.second)
-    print(comparison)
+    _say(comparison)
     if not comparison.is_equal:
         sys.exit(1)

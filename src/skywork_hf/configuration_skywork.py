@@ -35,6 +35,18 @@ _RELEASED_SPELLINGS = {"num_experts", "rope_scaling", "rope_theta"}
 # `model_name` here is a property.
 _RELEASED_LEFTOVERS = ("auto_map", "custom_pipelines", "pretraining_tp", "model_type", "model_name")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts")
+# What is beyond is damage, and building it would not end: published models have up to about 130 layers, and 25,000
+# experts in all of them.
+_MOST_LAYERS, _MOST_EXPERTS, _LARGEST = 1024, 2**15, 2**31
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 
 _EXPERTS = "layers.*.block_sparse_moe.experts"
 _FUSED_TP_PLAN = {
@@ -171,6 +183,8 @@ class _SkyworkConfigMixin(_ConfigBase):
         self.architectures = self.architectures and [
             re.sub("^Skywork(Moe)?(?=Model$|ForCausalLM$)", self._family, name) for name in self.architectures
         ]
+        if hidden := next((key for key in kwargs if callable(getattr(type(self), key, None))), None):
+            raise ValueError(f"`{hidden}` is no field of a config, but what it can do.")
         # transformers writes into these two; the caller's own dicts stay as they are.
         self.rope_parameters = copy(self.rope_parameters)
         kwargs["rope_scaling"] = copy(kwargs.get("rope_scaling"))
@@ -191,6 +205,10 @@ class _SkyworkConfigMixin(_ConfigBase):
         self._check()
 
     def _check(self) -> None:
+        for field, most in {**dict.fromkeys(_SIZES, _LARGEST), "num_hidden_layers": _MOST_LAYERS}.items():
+            value = getattr(self, field, None)
+            if value is not None and not (type(value) is int and 1 <= value <= most):
+                raise ValueError(f"`{field}`={value!r}: expected an integer from 1 to {most:,}.")
         if self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
                 f"`num_attention_heads`={self.num_attention_heads} does not divide `hidden_size`={self.hidden_size}."
@@ -350,6 +368,11 @@ class SkyworkMoeConfig(_SkyworkConfigMixin, MixtralConfig):
         if self.num_local_experts < 2:
             raise ValueError(
                 f"`num_experts`={self.num_local_experts}: expected at least 2; SkyworkConfig is for a dense model."
+            )
+        if self.num_local_experts * self.num_hidden_layers > _MOST_EXPERTS:
+            raise ValueError(
+                f"`num_experts`={self.num_local_experts} in {self.num_hidden_layers} layers: expected at most "
+                f"{_MOST_EXPERTS:,} experts in all."
             )
         if not 1 <= self.num_experts_per_tok <= self.num_local_experts:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import re
 import struct
 import zipfile
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+
+from .untrusted import check_file, parse_json
 
 # The names that safetensors gives dtypes (its format specification), for those that torch can hold one by one.
 SAFETENSORS_DTYPES = {
@@ -36,6 +38,7 @@ SAFETENSORS_DTYPES = {
 # What an unquantised checkpoint's weights may be stored in.
 PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HEADER_LIMIT = 100_000_000  # safetensors' own
+_MOST_DIMENSIONS = 64  # torch's own
 # Where training programs put a model's tensors among other things.
 _WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
 
@@ -60,7 +63,7 @@ class StoredTensor:
 
     @property
     def numel(self) -> int:
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -76,11 +79,11 @@ def read_headers(files: list[Path] | list[str]) -> dict[str, StoredTensor]:
     Safetensors headers are read as they are; pickles are opened memory-mapped with `weights_only=True`.
 
     Raises:
-        ValueError: a file is cut off or is not what its name says, holds something else than tensors, a dtype that
-            torch cannot hold, or a tensor that another file has too.
+        ValueError: a file is none, cut off or not what its name says, holds something else than tensors, a dtype that
+            torch cannot hold, a name that cannot be printed, or a tensor that another file has too.
     """
     stored: dict[str, StoredTensor] = {}
-    for file in map(Path, files):
+    for file in map(check_file, map(Path, files)):
         for tensor in _safetensors_header(file) if file.suffix == ".safetensors" else _pickle_header(file):
             if tensor.name in stored:
                 raise ValueError(
@@ -97,11 +100,11 @@ def _safetensors_header(file: Path) -> list[StoredTensor]:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > min(size - 8, _HEADER_LIMIT):
                 raise ValueError("the header is longer than the file")
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length))
         header.pop("__metadata__", None)
-        begins = {name: 8 + length + int(entry["data_offsets"][0]) for name, entry in header.items()}
-        end = 8 + length + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        places = {name: _place(name, entry) for name, entry in header.items()}
+        end = 8 + length + max((place[1] for place in places.values()), default=0)
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is not a whole safetensors file ({error}): download or write it again.") from error
     if size != end:
         raise ValueError(
@@ -109,11 +112,35 @@ def _safetensors_header(file: Path) -> list[StoredTensor]:
             "it again."
         )
     tensors = [
-        StoredTensor(file, name, _dtype(file, name, entry), _shape(file, name, entry), begins[name])
+        StoredTensor(
+            file,
+            _check_name(file, name),
+            _dtype(file, name, entry),
+            _shape(file, name, entry),
+            8 + length + places[name][0],
+        )
         for name, entry in header.items()
     ]
     _check_offsets(tensors, header)
     return tensors
+
+
+def _place(name: str, entry: dict[str, Any]) -> tuple[int, int]:
+    """Where a tensor's bytes begin and end, after the header."""
+    begin, end = entry["data_offsets"]
+    if not (_is_size(begin) and _is_size(end)):
+        raise ValueError(f"{name!r} has `data_offsets` {entry['data_offsets']!r}, expected two integers")
+    return begin, end
+
+
+def _is_size(number: Any) -> bool:
+    return type(number) is int and 0 <= number < 2**63
+
+
+def _check_name(file: Path, name: str) -> str:
+    if not name.isprintable():
+        raise ValueError(f"{file} holds a tensor called {name!r}: expected a name that can be printed.")
+    return name
 
 
 def _check_offsets(tensors: list[StoredTensor], header: dict[str, Any]) -> None:
@@ -145,7 +172,7 @@ def _dtype(file: Path, name: str, entry: dict[str, Any]) -> torch.dtype:
 
 def _shape(file: Path, name: str, entry: dict[str, Any]) -> tuple[int, ...]:
     shape = entry.get("shape")
-    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+    if not isinstance(shape, list) or len(shape) > _MOST_DIMENSIONS or not all(map(_is_size, shape)):
         raise ValueError(
             f"`{name}` in {file} has the `shape` {shape!r}: expected a list of sizes; download or write the file "
             "again."
@@ -153,23 +180,43 @@ def _shape(file: Path, name: str, entry: dict[str, Any]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def open_pickle(file: Path, device: str = "cpu") -> Any:
+def open_pickle(file: Path) -> Any:
     """A pickle's content, mapped where it can be; of what torch allows, and no more.
 
-    Args:
-        device: "meta" reads no values.
-
     Raises:
-        ValueError: it holds anything else, or cannot be read.
+        ValueError: it holds anything else, cannot be read, or is damaged.
     """
+    check_file(file)
+    zipped = zipfile.is_zipfile(file)
+    storages: list[tuple[int, int]] = []
+
+    def keep(storage: Any, _: str) -> Any:
+        storages.append((storage.data_ptr(), storage.nbytes()))
+        return storage
+
     try:
-        return torch.load(file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file))
+        content = torch.load(file, map_location=keep if zipped else "cpu", weights_only=True, mmap=zipped)
+        is_whole = not zipped or _are_records(file, storages)
     except PermissionError:
         raise
     except Exception as error:
-        if device == "meta" and isinstance(error, NotImplementedError):
-            return open_pickle(file)  # torch's own quantised tensors, which its meta device does not know
         raise ValueError(f"{file} cannot be read as a checkpoint: {_why_not(error)}") from error
+    if not is_whole:
+        raise ValueError(
+            f"{file} holds records that are compressed, or not as long as its tensors: it is damaged, or no file that "
+            "`torch.save` wrote; download or write it again."
+        )
+    return content
+
+
+def _are_records(file: Path, storages: list[tuple[int, int]]) -> bool:
+    """Whether mapped storages, by address and size, are the records of a zip: torch maps as many bytes as a tensor
+    should have, whatever is there."""
+    with zipfile.ZipFile(file) as archive:
+        records = [record for record in archive.infolist() if re.fullmatch(r"[^/]+/data/[^/]+", record.filename)]
+    sizes = [record.file_size for record in sorted(records, key=lambda record: record.header_offset)]
+    is_stored = all(record.compress_type == zipfile.ZIP_STORED for record in records)
+    return is_stored and list(filter(None, sizes)) == [size for _, size in sorted(storages) if size]
 
 
 def _why_not(error: Exception) -> str:
@@ -185,19 +232,18 @@ def _why_not(error: Exception) -> str:
 
 
 def _pickle_header(file: Path) -> list[StoredTensor]:
-    content = open_pickle(file, "meta")
+    content = open_pickle(file)
     if not isinstance(content, dict):
         raise ValueError(
             f"{file} holds something else than named tensors, a {type(content).__name__}: expected a model's "
             "`state_dict()`; write that."
         )
-    for name, value in content.items():
-        _check_stored(file, name, value)
-    return [StoredTensor(file, name, value.dtype, tuple(value.shape)) for name, value in content.items()]
+    return [stored_tensor(file, name, value) for name, value in content.items()]
 
 
-def _check_stored(file: Path, name: Any, value: Any) -> None:
-    """
+def stored_tensor(file: Path, name: Any, value: Any) -> StoredTensor:
+    """What a pickle holds under a name.
+
     Raises:
         ValueError: it is no tensor with a name that a safetensors file could hold.
     """
@@ -213,14 +259,26 @@ def _check_stored(file: Path, name: Any, value: Any) -> None:
         )
     if not isinstance(name, str):
         raise ValueError(f"{file} holds a tensor called {name!r}: expected a name; write it again without that.")
-    if value.is_quantized or value.layout != torch.strided:
-        kind = "quantised by torch" if value.is_quantized else f"stored as {value.layout}"
+    _check_name(file, name)
+    if kind := _kind(value):
         raise ValueError(f"`{name}` in {file} is {kind}: expected a plain tensor; write it again as one.")
     if value.dtype not in SAFETENSORS_DTYPES.values():
         raise ValueError(
             f"`{name}` in {file} is stored as {value.dtype}, which safetensors files do not hold one by one: expected "
             f"one of {', '.join(SAFETENSORS_DTYPES)}; write it again as one."
         )
+    return StoredTensor(file, name, value.dtype, tuple(value.shape))
+
+
+def _kind(value: torch.Tensor) -> str:
+    """What a tensor is that is not plain."""
+    if value.is_quantized:
+        return "quantised by torch"
+    if value.layout != torch.strided:
+        return f"stored as {value.layout}"
+    if value.is_meta:
+        return "without values, on the meta device"
+    return "stored as fewer values than it has" if value.untyped_storage().nbytes() < value.nbytes else ""
 
 
 def read_tensors(tensors: list[StoredTensor]) -> dict[str, torch.Tensor]:

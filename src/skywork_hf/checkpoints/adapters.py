@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from ..headers import PLAIN_DTYPES, StoredTensor, read_headers
-from .inspection import TOKENIZER_FILES, read_json
+from ..untrusted import read_json
+from .inspection import TOKENIZER_FILES
 from .layouts import empty_model
 from .readers import Reader
 from .recipes import Product, Recipe, Source, unchanged
@@ -39,6 +40,7 @@ _NOT_MERGEABLE = {
     "lora_bias": "adds biases, which Skywork's linear layers do not have",
     "alora_invocation_tokens": "works from a token on",
     "arrow_config": "routes between adapters",
+    "megatron_config": "is of layers of Megatron-LM",
 }
 _EMBEDDINGS, _HEAD, _CLASSIFIER = "model.embed_tokens.weight", "lm_head.weight", "score.weight"
 
@@ -225,7 +227,7 @@ def _peft_config(folder: Path) -> Any:
     except ImportError as error:
         raise ImportError('Merging an adapter needs PEFT: pip install "skywork-hf[peft]".') from error
     file = folder / _CONFIG
-    if not file.is_file():
+    if not file.exists():
         raise ValueError(f"{folder} holds no {_CONFIG}: expected the folder of a PEFT adapter.")
     raw = read_json(file)
     if raw.get("peft_type") not in _MERGEABLE:
@@ -238,7 +240,7 @@ def _peft_config(folder: Path) -> Any:
             raise ValueError(f"{file} has `{field}`, which {why}: load the adapter with PEFT's `PeftModel` instead.")
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # as many kinds as there are wrong values
         raise ValueError(f"{file} is nothing that PEFT reads ({error}): download or write it again.") from error
     config.task_type = None  # which would wrap a whole model
     return config
@@ -246,7 +248,7 @@ def _peft_config(folder: Path) -> Any:
 
 def _weights(folder: Path) -> Path:
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        if (folder / name).is_file():
+        if (folder / name).exists():
             return folder / name
     raise ValueError(f"{folder} holds no adapter_model.safetensors: expected the folder of a PEFT adapter.")
 

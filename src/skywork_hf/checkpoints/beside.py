@@ -12,6 +12,7 @@ from typing import Any
 from transformers import GenerationConfig, LlamaConfig
 
 from ..tokenization_skywork import SkyworkTokenizer
+from ..untrusted import check_file, read_json
 from .inspection import CONFIG_FILE, TOKENIZER_FILES
 from .layouts import LLAMA, TRAINING, model_class_of
 from .recipes import Source
@@ -69,7 +70,7 @@ def read_beside(source: Source, to: str) -> Beside:
 
 
 def _files_in(folder: Path, names: tuple[str, ...]) -> tuple[Path, ...]:
-    return tuple(folder / name for name in names if (folder / name).is_file())
+    return tuple(check_file(folder / name) for name in names if (folder / name).exists())
 
 
 def _target_config(source: Source, to: str) -> Any:
@@ -84,7 +85,7 @@ def _target_config(source: Source, to: str) -> Any:
 
 def _check_generation_config(file: Path) -> None:
     try:
-        GenerationConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        GenerationConfig.from_dict(read_json(file))
     except Exception as error:  # as many kinds as there are wrong values
         raise _damaged(file, error) from error
 
@@ -94,10 +95,7 @@ def _read_tokenizer(folder: Path) -> SkyworkTokenizer | None:
     if main is None:
         return None
     for file in _files_in(folder, _TOKENIZER_JSONS):
-        try:
-            json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise _damaged(file, error) from error
+        read_json(file)
     try:
         tokenizer: SkyworkTokenizer = SkyworkTokenizer.from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises this very class

@@ -116,6 +116,7 @@ def compare_checkpoints(first: str | Path, second: str | Path) -> CheckpointComp
 
 
 def _relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = (values.to(torch.promote_types(a.dtype, b.dtype)) for values in (a, b))
     if torch.allclose(a, b, rtol=0, atol=0, equal_nan=True):
         return 0.0
     # The squares of large and of small values are no numbers of float32.

@@ -197,7 +197,7 @@ def _check_space(unfinished: Unfinished, shards: list[list[Recipe]]) -> None:
     to_write = sum(
         product.nbytes
         for number, recipes in enumerate(shards, start=1)
-        if unfinished.read_notes(shard_name(number, len(shards))) is None
+        if _checksums(unfinished, shard_name(number, len(shards)), recipes) is None
         for recipe in recipes
         for product in recipe.products
     )
@@ -221,10 +221,10 @@ def _write_shards(unfinished: Unfinished, shards: list[list[Recipe]]) -> list[li
         finishing: Future[None] | None = None
         for number, recipes in enumerate(shards, start=1):
             name = shard_name(number, len(shards))
-            notes = unfinished.read_notes(name)
-            if notes is not None:
+            written = _checksums(unfinished, name, recipes)
+            if written is not None:
                 bar.update(sum(product.nbytes for recipe in recipes for product in recipe.products))
-                checksums.append(notes)
+                checksums.append(written)
                 continue
             checksums.append(write_shard(unfinished.result / name, recipes, reader, bar.update))
             if finishing is not None:
@@ -234,6 +234,16 @@ def _write_shards(unfinished: Unfinished, shards: list[list[Recipe]]) -> list[li
         if finishing is not None:
             finishing.result()
     return checksums
+
+
+def _checksums(unfinished: Unfinished, shard: str, recipes: list[Recipe]) -> list[list[str]] | None:
+    """What `write_shard` has returned for a whole shard; None where it is still to be written, or nobody knows."""
+    notes = unfinished.read_notes(shard)
+    try:
+        fits = [list(map(len, of_recipe)) for of_recipe in notes] == [[8] * len(r.products) for r in recipes]
+    except TypeError:
+        return None
+    return notes if fits else None
 
 
 def shard_name(number: int, count: int) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from ..configuration_skywork import FP8_METHOD, SkyworkConfig, SkyworkMoeConfig
 from ..headers import StoredTensor, read_headers
 from ..quantization.checks import INPUT_SCALE_NAMES
 from ..quantization.config import INT8_METHOD
+from ..untrusted import naming, read_json
 from .layouts import (
     HUB,
     LLAMA,
@@ -246,33 +245,6 @@ def _read_raw_config(file: Path) -> dict[str, Any]:
     return raw
 
 
-@contextmanager
-def naming(file: Path) -> Iterator[None]:
-    """Name the file in whatever is raised: there are as many kinds as there are values that no model is made of."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{file} describes no model that can be built: {' '.join(str(error).split())}") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """
-    Raises:
-        ValueError: the file is not there, not JSON, or holds no object.
-    """
-    if file.is_dir():
-        raise ValueError(f"{file} is a folder: expected a JSON file.")
-    if not file.is_file():
-        raise ValueError(f"{file} is not there: copy or download it from where the weights came from.")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}): download or write it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} does not hold a JSON object: download or write it again.")
-    return content
-
-
 def _model_of(file: Path, raw: dict[str, Any], training: bool) -> tuple[Any, dict[str, tuple[int, ...]]]:
     """The config, and name and shape of every tensor of the model that it describes, under the Hub's names."""
     # Quantised modules need the methods' own libraries; what lies beside a weight is added where it is looked for.
@@ -297,12 +269,12 @@ def _read_headers(files: list[Path], index: str | None) -> dict[str, StoredTenso
 def weight_files(folder: Path) -> tuple[list[Path], str | None, tuple[str, ...]]:
     """The weight files that are there, the index that names them, and the files that it names and are not there."""
     for name in WEIGHT_FILES:
-        if (folder / name).is_file():
+        if (folder / name).exists():
             return [folder / name], None, ()
         index = folder / f"{name}.index.json"
-        if index.is_file():
+        if index.exists():
             shards = _shards(index)
-            found = [folder / shard for shard in shards if (folder / shard).is_file()]
+            found = [folder / shard for shard in shards if (folder / shard).exists()]
             if not found:
                 raise ValueError(f"None of the {len(shards)} files that {index} names is there: download them too.")
             return found, index.name, tuple(shard for shard in shards if folder / shard not in found)
@@ -319,9 +291,13 @@ def weight_files(folder: Path) -> tuple[list[Path], str | None, tuple[str, ...]]
 
 def _shards(index: Path) -> list[str]:
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
+    if not isinstance(names, dict) or not names or not all(map(_is_file_name, names.values())):
         raise ValueError(f"{index} has no `weight_map` from tensors to files: download or write it again.")
     return sorted(set(names.values()))
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and name != "" and name.isprintable()
 
 
 class _Contents:

@@ -6,13 +6,12 @@ Read are the legacy tree (`language_model`, dense models) and that of Megatron-C
 
 from __future__ import annotations
 
-import math
 import re
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +19,8 @@ import torch
 from transformers.utils import logging
 
 from ..configuration_skywork import SkyworkConfig, SkyworkMoeConfig
-from ..headers import StoredTensor
-from .inspection import naming
+from ..headers import StoredTensor, stored_tensor
+from ..untrusted import check_file, naming
 from .layouts import MEGATRON, config_of, hub_shapes
 from .readers import flat_tensors, load_pickle
 from .recipes import Make, Product, Recipe, Source
@@ -128,8 +127,13 @@ _COUNTS = (
     "seq_length",
     "vocab_size",
     "moe_router_topk",
+    "num_experts",
 )
 _AMOUNTS = ("norm_epsilon", "layernorm_epsilon", "rotary_base", "rotary_seq_len_interpolation_factor")
+_MOST = 1e18  # what is above overflows
+# Others that are read, and what they and those without a trace may be before they are compared.
+_CHOICES = ("group_query_attention", "untie_embeddings_and_output_weights", "params_dtype")
+_PLAIN = (type(None), bool, int, float, str, torch.dtype)
 # Fields of a config, by the arguments that they are made of, the first that is there.
 _NEEDED = {
     "hidden_size": ("hidden_size",),
@@ -229,16 +233,17 @@ def read_megatron(folder: Path, config: SkyworkConfig | SkyworkMoeConfig | None 
 
 
 def _iteration_folder(folder: Path) -> Path:
-    if (folder / RANK_FILE).is_file():
+    if (folder / RANK_FILE).exists():
         raise ValueError(
             f"{folder} holds one rank of a checkpoint: give {folder.absolute().parent}, with all of them."
         )
     latest = folder / LATEST_FILE
-    if not latest.is_file():
+    if not latest.exists():
         return _only_iteration(folder)
-    text = latest.read_text(encoding="utf-8").strip()
+    with check_file(latest).open(encoding="utf-8", errors="replace") as stream:
+        text = stream.read(40).strip()
     if text != "release" and not text.isdecimal():
-        raise ValueError(f"{latest} says {text[:40]!r}: expected the number of an iteration, or `release`.")
+        raise ValueError(f"{latest} says {text!r}: expected the number of an iteration, or `release`.")
     iteration = folder / (text if text == "release" else f"iter_{int(text):07d}")
     if not iteration.is_dir():
         raise ValueError(f"{latest} names {iteration.name}, which is not there: copy it, or give another iteration.")
@@ -264,9 +269,11 @@ def _read_ranks(folder: Path) -> _Ranks:
         )
     first = _read_rank(folder / found[0] / RANK_FILE)
     sizes = first.sizes
-    everything = product(range(sizes.tensor), range(sizes.pipeline), range(sizes.expert))
+    most = len(found) + 1  # of more than there are, one is missing
+    tensor, pipeline, expert = (range(min(size, most)) for size in sizes)
+    everything = islice(product(tensor, pipeline, expert), most)
     places = {place: sizes.folder(*place) for place in everything}
-    if extra := [name for name in found if name not in places.values()]:
+    if len(places) <= len(found) and (extra := [name for name in found if name not in places.values()]):
         raise ValueError(f"{folder / extra[0]} is not among the ranks that {first.file} names: {_sizes_text(sizes)}.")
     ranks: _Ranks = {}
     for place, name in places.items():
@@ -280,10 +287,10 @@ def _sizes_text(sizes: _Sizes) -> str:
 
 
 def _read_rank(file: Path, sizes: _Sizes | None = None) -> _Rank:
-    if not file.is_file():
+    if not file.exists():
         expected = f"expected one for each of {_sizes_text(sizes)} ranks" if sizes else "expected one for each rank"
         raise ValueError(f"{file} is missing: {expected}; copy it from where the checkpoint was written.")
-    content = load_pickle(file, device="meta")
+    content = load_pickle(file)
     if not isinstance(content, dict) or not isinstance(content.get("args"), Namespace):
         raise ValueError(f"{file} holds no `args` with the run's arguments: expected a file of Megatron-LM.")
     model = content.get("model")
@@ -292,9 +299,7 @@ def _read_rank(file: Path, sizes: _Sizes | None = None) -> _Rank:
         raise ValueError(f"{file} holds no `model` with named tensors{virtual}: save it again by Megatron-LM.")
     _check_numbers(file, content["args"])
     _check_version(file, content.get("checkpoint_version"), legacy="language_model" in model)
-    stored = [
-        StoredTensor(file, f"model/{name}", value.dtype, tuple(value.shape)) for name, value in flat_tensors(model)
-    ]
+    stored = [stored_tensor(file, f"model/{name}", value) for name, value in flat_tensors(model)]
     ignored = [tensor for tensor in stored if _IGNORED.search(tensor.name)]
     tensors = _by_key([tensor for tensor in stored if not _IGNORED.search(tensor.name)])
     return _Rank(file, content["args"], content.get("iteration"), tensors, ignored)
@@ -304,10 +309,17 @@ def _check_numbers(file: Path, args: Namespace) -> None:
     for name in (*_COUNTS, *_AMOUNTS):
         value = getattr(args, name, None)
         kinds, expected = ((int,), "an integer") if name in _COUNTS else ((int, float), "a number")
-        if value is not None and not (type(value) in kinds and 0 < value < math.inf):
+        if value is not None and not (type(value) in kinds and 0 < value < _MOST):
             raise ValueError(
-                f"{file} has the argument {name}={value!r}: expected {expected} above 0; copy the file again from "
-                "where the checkpoint was written."
+                f"{file} has the argument {name}={value!r}: expected {expected} above 0 and below {_MOST:.0e}; copy "
+                "the file again from where the checkpoint was written."
+            )
+    for name in {*_TRACELESS, *_TRACELESS_OF_EXPERTS, *_CHOICES} & vars(args).keys():
+        value = getattr(args, name)
+        if not all(type(one) in _PLAIN for one in (value if isinstance(value, list | tuple) else [value])):
+            raise ValueError(
+                f"{file} has the argument {name} of type {type(value).__name__}: expected a number, a text or a list "
+                "of them; copy the file again from where the checkpoint was written."
             )
 
 

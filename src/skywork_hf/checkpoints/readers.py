@@ -56,6 +56,7 @@ MEGATRON_GLOBALS: list[Any] = [
     *((EnumMember, name) for name in _ENUMS),
 ]
 _OPEN_FILES = 4
+_DEEPEST = 32  # a dictionary may hold itself
 
 
 class Reader:
@@ -95,21 +96,24 @@ def _mapped(tensor: StoredTensor) -> torch.Tensor:
     return torch.from_numpy(data).view(tensor.dtype).reshape(tensor.shape)
 
 
-def load_pickle(file: Path, device: str = "cpu") -> Any:
+def load_pickle(file: Path) -> Any:
     """A pickle's content, mapped where it can be, tensors and plain values only.
 
-    Args:
-        device: "meta" reads no values.
-
     Raises:
-        ValueError: it holds anything else, or cannot be read.
+        ValueError: it holds anything else, cannot be read, or is damaged.
     """
     with torch.serialization.safe_globals(MEGATRON_GLOBALS):
-        return open_pickle(file, device)
+        return open_pickle(file)
 
 
 def flat_tensors(content: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors in nested dicts, with their keys joined by "/"."""
+    """The tensors in nested dicts, with their keys joined by "/".
+
+    Raises:
+        ValueError: they are nested without an end.
+    """
+    if prefix.count("/") > _DEEPEST:
+        raise ValueError(f"Tensors are nested in more than {_DEEPEST} dictionaries, below {prefix[:40]!r}.")
     for key, value in content.items():
         if isinstance(value, torch.Tensor):
             yield f"{prefix}{key}", value

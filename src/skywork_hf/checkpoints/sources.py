@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ..configuration_skywork import SkyworkConfig, SkyworkMoeConfig
 from ..headers import StoredTensor, read_headers
-from .inspection import CONFIG_FILE, inspect_checkpoint, read_config, read_json, weight_files
+from ..untrusted import read_json
+from .inspection import CONFIG_FILE, inspect_checkpoint, read_config, weight_files
 from .layouts import hub_shapes, is_base_model, is_training_layout, layout_named, to_hub
 from .megatron import is_megatron, read_megatron
 from .recipes import Recipe, Source, unchanged

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -181,7 +180,7 @@ def upcycle(
         top_k: experts chosen for each token.
         interval: layer N becomes a MoE layer where (N + 1) % interval == 0.
         seed: of the gate and of the noise.
-        noise: standard deviation of what is added to each expert's weights, as a share of their own; 0 or more.
+        noise: standard deviation of what is added to each expert's weights, as a share of their own; 0 to 1000.
         fields: of `SkyworkMoeConfig`, such as `moe_use_logits_norm`.
 
     Raises:
@@ -222,10 +221,11 @@ def _check_arguments(source: Source, experts: int, top_k: int, interval: int, no
         raise ValueError(
             f"`interval`={interval} (--layers): expected 1 to {layers}, as {source.folder} has {layers} layers."
         )
-    if not 0 <= noise < math.inf:
-        raise ValueError(f"`noise`={noise}: expected a number of at least 0.")
+    if not 0 <= noise <= _MOST_NOISE:
+        raise ValueError(f"`noise`={noise}: expected a number from 0 to {_MOST_NOISE}.")
 
 
+_MOST_NOISE = 1000  # nothing is left of weights long before; without a limit they overflow
 _EXPERT_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 

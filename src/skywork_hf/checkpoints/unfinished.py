@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..untrusted import check_file, parse_json, read_json
 from .writer import part_of, sync, write_text
 
 MANIFEST = "conversion.json"
@@ -37,12 +38,12 @@ class Unfinished:
     def is_finished(self, verified: bool) -> bool:
         """Whether `DST` is, whole, what an equal conversion has written, and `verified` if that is asked for."""
         try:
-            manifest = json.loads((self.destination / MANIFEST).read_text(encoding="utf-8"))
+            manifest = read_json(self.destination / MANIFEST)
             files = {product["file"] for entry in manifest["tensors"] for product in entry["products"]}
             enough = manifest["verified"] or not verified
             equal = manifest["fingerprint"] == self.fingerprint
             return bool(equal and enough and all((self.destination / file).is_file() for file in files))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):  # damaged, or another's
             return False
 
     def begin(self, resume: bool) -> None:
@@ -104,11 +105,11 @@ class Unfinished:
 
     def read_notes(self, shard: str) -> Any:
         """The notes of a whole shard, or None where it is still to be written."""
-        if not ((self.result / shard).is_file() and self._notes_of(shard).is_file()):
+        if not (self.result / shard).is_file():
             return None
         try:
-            return json.loads(self._notes_of(shard).read_text(encoding="utf-8"))
-        except ValueError:  # damaged
+            return parse_json(check_file(self._notes_of(shard)).read_bytes())
+        except ValueError:  # not there, or damaged
             return None
 
     def drop(self, shard: str) -> None:

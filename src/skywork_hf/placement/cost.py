@@ -117,7 +117,10 @@ def _chosen_sets(load: Sequence[float], top_k: int, batch: int) -> Iterator[tupl
 def _draw(draw: random.Random, load: Sequence[float], top_k: int, batch: int) -> list[int]:
     """The experts that `batch` tokens choose, each `top_k` different ones (Efraimidis and Spirakis' keys)."""
     chosen: set[int] = set()
+    chooseable = sum(map(bool, load))
     for _ in range(batch):
+        if len(chosen) >= max(chooseable, top_k):
+            break  # there are no others
         keys = [draw.random() ** (1 / weight) if weight else 0.0 for weight in load]
         chosen.update(sorted(range(len(load)), key=lambda expert: keys[expert])[-top_k:])
     return sorted(chosen)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Callable
@@ -19,6 +18,8 @@ FP8_CAPABILITY = (8, 9)
 BF16_CAPABILITY = (8, 0)
 # Bytes copied to measure a bandwidth: more than any cache holds.
 _PROBE = 2**28
+# No memory is slower, faster or larger; beyond these, times and sizes are no numbers.
+_LEAST_SPEED, _MOST_SPEED, _MOST_MEMORY = 0.001, 1_000_000, 2**60
 
 
 _MAKERS = ("nvidia", "geforce", "tesla", "quadro", "generation")
@@ -162,8 +163,8 @@ def _device(key: int | str, value: Any, bandwidth: dict[int | str, float]) -> De
 
 def _speed(key: Any, value: float) -> float:
     """GB/s in bytes a second."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"`bandwidth` of {key!r} is {value!r}: expected GB/s above 0.")
+    if not _LEAST_SPEED <= value <= _MOST_SPEED:
+        raise ValueError(f"`bandwidth` of {key!r} is {value!r}: expected GB/s from {_LEAST_SPEED} to {_MOST_SPEED:,}.")
     return value * 1e9
 
 
@@ -172,8 +173,10 @@ def _bytes(key: int | str, value: Any) -> int:
         size = int(convert_file_size_to_int(value) if isinstance(value, str) else value)
     except (ValueError, TypeError, OverflowError):
         raise ValueError(f"`max_memory` of {key!r} is {value!r}: expected bytes, or a size as '22GiB'.") from None
-    if size < 0:
-        raise ValueError(f"`max_memory` of {key!r} is {value!r}: expected a size of at least 0.")
+    if not 0 <= size <= _MOST_MEMORY:
+        raise ValueError(
+            f"`max_memory` of {key!r} is {value!r}: expected a size from 0 to {_MOST_MEMORY // GIB:,}GiB."
+        )
     return size
 
 

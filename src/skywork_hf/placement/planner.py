@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.utils import CONFIG_NAME
 
 from ..configuration_skywork import SkyworkConfig, SkyworkMoeConfig
+from ..untrusted import naming, read_json
 from .hardware import CPU, GIB, devices_of
 from .memory import ModelParts
 from .placer import place
@@ -23,6 +25,7 @@ STRATEGIES = ("experts", "layers")
 # Tried where something does not fit, from the least change to the largest.
 _SMALLER = ("fp8", "int8", "nf4")
 _MOST_GPUS = 64
+_MOST_ROWS = 10**9  # tokens or sequences
 
 
 def plan_device_map(
@@ -144,7 +147,11 @@ def _config(model: str | Path | PreTrainedConfig, options: dict[str, Any]) -> Pr
         for name in options:
             raise ValueError(f"`{name}` is for reading a config, and `model` is one already: set it there.")
         return model
-    config, unused = AutoConfig.from_pretrained(model, return_unused_kwargs=True, **options)
+    file = Path(model) / CONFIG_NAME
+    if file.exists():
+        read_json(file)  # refuses what transformers would trip over
+    with naming(file if file.exists() else model):
+        config, unused = AutoConfig.from_pretrained(model, return_unused_kwargs=True, **options)
     for name in unused:
         raise ValueError(f"`{name}` is unknown: expected an argument of `plan_device_map` or a field of the config.")
     return config
@@ -169,8 +176,8 @@ def _check(config: Any, strategy: str, for_experts: dict[str, Any]) -> None:
 
 def _check_counts(**counts: int | None) -> None:
     for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}`={value}: expected at least 1.")
+        if value is not None and not 1 <= value <= _MOST_ROWS:
+            raise ValueError(f"`{name}`={value}: expected 1 to {_MOST_ROWS:,}.")
 
 
 def _refusal(request: Request, shortfall: int) -> str:

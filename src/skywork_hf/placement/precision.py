@@ -10,6 +10,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 from ..configuration_skywork import FP8_METHOD
 from ..quantization.config import ALL, INT8_METHOD, WITHOUT_FP8, SkyworkFp8Config, SkyworkInt8Config
+from ..untrusted import naming
 from .hardware import CPU, DISK, Device, device_key
 
 PLAIN = ""
@@ -56,7 +57,8 @@ def precision_of(
         ValueError: a name that is unknown, or a mixture or change that no quantiser makes.
     """
     quantization = _by_key(quantization)
-    saved = _as_object(getattr(config, "quantization_config", None))
+    with naming("`quantization_config` of config.json"):
+        saved = _as_object(getattr(config, "quantization_config", None))
     if isinstance(quantization, str) and quantization in PLAIN_NAMES:
         dtype, quantization = PLAIN_NAMES[quantization], None
         if saved is not None:

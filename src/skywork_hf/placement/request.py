@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..untrusted import naming
 from .hardware import Device
 from .memory import ModelParts, model_parts
 from .precision import Precision, precision_of
@@ -42,7 +43,8 @@ class Request:
 
     def parts(self) -> ModelParts:
         precision = self.precision()
-        parts = model_parts(self.model_class, self.config, precision.dtype, precision.modules_to_not_convert)
+        with naming(self.name or self.model_class.__name__):
+            parts = model_parts(self.model_class, self.config, precision.dtype, precision.modules_to_not_convert)
         return parts if self.strategy == "experts" else replace(parts, layers=[layer.whole for layer in parts.layers])
 
     def with_gpus(self, like: Device, count: int) -> Request:

@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig
 from .. import modeling_skywork, modeling_skywork_moe
 from ..configuration_skywork import SkyworkConfig
 from ..quantization.config import SkyworkFp8Config, SkyworkInt8Config
+from ..untrusted import read_json
 from .cost import Reading
 from .hardware import Device
 from .placer import Placement
@@ -57,7 +58,7 @@ def load(path: str | Path) -> PlacementPlan:
         ValueError: the file is something else.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(Path(path))
         if content["format"] != _FORMAT:
             raise ValueError(f"its format is {content['format']!r}, expected {_FORMAT!r}")
         return PlacementPlan(_request(content), _placement(content))

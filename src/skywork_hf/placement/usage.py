@@ -14,6 +14,10 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from ..modeling_skywork_moe import SkyworkMoeGate
+from ..untrusted import read_json
+
+# Beyond it floating-point numbers skip integers.
+_MOST_COUNTED = 2**53
 
 
 @dataclass
@@ -49,11 +53,12 @@ class ExpertUsage:
         Raises:
             ValueError, KeyError, TypeError: it is something else.
         """
-        counts, together = (torch.tensor(content[name], dtype=torch.int64) for name in ("counts", "together"))
-        layers = [int(layer) for layer in content["layers"]]
-        if counts.shape[:1] != (len(layers),) or together.shape != (*counts.shape, counts.shape[-1]):
+        layers, counts, together, tokens = (_numbers(content[name]) for name in cls.__dataclass_fields__)
+        if (layers.dim(), counts.dim(), tokens.dim()) != (1, 2, 0) or counts.shape[0] != len(layers):
+            raise ValueError(f"{list(layers.shape)} layers and counts {list(counts.shape)} do not fit each other")
+        if together.shape != (*counts.shape, counts.shape[-1]):
             raise ValueError(f"counts {list(counts.shape)} and pairs {list(together.shape)} do not fit each other")
-        return cls(layers, counts, together, int(content["tokens"]))
+        return cls(layers.tolist(), counts, together, int(tokens))
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""
@@ -67,7 +72,7 @@ class ExpertUsage:
             ValueError: the file is something else.
         """
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls.from_dict(read_json(Path(path)))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} holds no expert usage ({error}): write one with collect_expert_usage."
@@ -96,6 +101,16 @@ class ExpertUsage:
         from .picture import draw_usage
 
         draw_usage(self, path)
+
+
+def _numbers(content: Any) -> torch.Tensor:
+    """Nested lists of counts."""
+    flat = [content]
+    while any(isinstance(one, list) for one in flat):
+        flat = [inner for one in flat for inner in (one if isinstance(one, list) else [one])]
+    if wrong := [one for one in flat if not (type(one) is int and 0 <= one < _MOST_COUNTED)]:
+        raise ValueError(f"it has {wrong[0]!r} for a count")
+    return torch.tensor(content, dtype=torch.int64)
 
 
 @torch.no_grad()

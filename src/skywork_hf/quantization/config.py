@@ -49,7 +49,7 @@ class SkyworkFp8Config(QuantizationConfigMixin):
                 f"`activation_scheme`={activation_scheme!r} is unknown; expected one of "
                 f"{', '.join(ACTIVATION_SCHEMES)}."
             )
-        if isinstance(int8_devices, str) and int8_devices not in (WITHOUT_FP8, ALL):
+        if int8_devices not in (None, WITHOUT_FP8, ALL) and not _are_devices(int8_devices):
             raise ValueError(
                 f"`int8_devices`={int8_devices!r}: expected {WITHOUT_FP8!r}, {ALL!r} or a list of devices such as "
                 "['cpu', 1]."
@@ -135,6 +135,10 @@ def as_config(quantization: Any) -> Any:
     if isinstance(quantization, dict) and quantization.get("quant_method") == INT8_METHOD:
         return SkyworkInt8Config.from_dict(quantization)
     return quantization
+
+
+def _are_devices(devices: Any) -> bool:
+    return isinstance(devices, list | tuple) and all(isinstance(device, str | int) for device in devices)
 
 
 def _names(modules: list[str] | None) -> list[str] | None:
