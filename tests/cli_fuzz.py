@@ -63,7 +63,8 @@ VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 3, 2**31, 2**63, 10**9, 10**30, 0.5, -1.5, 1e308, 1e-320, "", "x", "1", ESCAPE,
     "a\nb", "\ud800", "x" * 5000, [], {}, [1], ["x"], [[]], [None], {"x": 1}, [16, 8],
     {"type": "linear", "factor": "x"}, {"type": [], "factor": 0}, {"quant_method": "fp8"}, {"quant_method": []},
-    {"load_in_8bit": 1}, "bfloat16", "..", {"quant_method": "skywork_int8", "modules_to_not_convert": 5}, "llama", "skywork_moe", "int8", "/dev/zero",
+    {"load_in_8bit": 1}, "bfloat16", "..", {"quant_method": "skywork_int8", "modules_to_not_convert": 5},
+    "llama", "skywork_moe", "int8", "/dev/zero",
 ]  # fmt: skip
 KEYS = ["to_dict", "__class__", "_name_or_path", "dtype", "quantization_config", "rope_scaling", "num_experts", ESCAPE]
 # In the place of a value of JSON: what Python's encoder does not write.

@@ -337,7 +337,7 @@ def test_upcycling_every_second_layer_with_a_seed_and_noise(tmp_path):
         ({"top_k": 0}, "`top_k`=0: expected 1 to `experts`=4"),
         ({"interval": 9}, r"`interval`=9 \(--layers\): expected 1 to 2"),
         ({"interval": 0}, r"`interval`=0 \(--layers\): expected 1 to 2"),
-        ({"noise": float("nan")}, "`noise`=nan: expected a number of at least 0"),
+        ({"noise": float("nan")}, "`noise`=nan: expected a number from 0 to 1000"),
         ({"noise": float("inf")}, "`noise`=inf"),
         ({"noise": -1.0}, r"`noise`=-1\.0"),
     ],
