@@ -9,6 +9,8 @@ import random
 import shutil
 import socket
 import struct
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -445,3 +447,23 @@ def test_an_interruption_is_no_traceback(monkeypatch, work):
     monkeypatch.setattr("skywork_hf.checkpoints.inspection.inspect_checkpoint", interrupted)
     with pytest.raises(SystemExit, match="skywork-hf: interrupted"):
         main(["inspect", str(work / "dense")])
+
+
+def test_help_and_wrong_arguments_import_neither_torch_nor_transformers():
+    """And a reader that has seen enough is no error."""
+    program = """
+import sys
+from skywork_hf.cli import main
+for argv in (["--help"], ["plan", "--help"], ["convert"], ["upcycle", "a", "b", "--experts", "x"], ["nothing"]):
+    try:
+        main(argv)
+    except SystemExit:
+        pass
+print(sorted({"torch", "transformers", "numpy", "safetensors"} & sys.modules.keys()))
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == "[]"
+    help_ = "from skywork_hf.cli import main; main(['--help'])"
+    piped = subprocess.run(f'{sys.executable} -c "{help_}" | true', shell=True, capture_output=True, text=True)
+    assert not piped.stderr
