@@ -11,6 +11,8 @@ from typing import Any
 from huggingface_hub.constants import HF_HUB_CACHE, REPO_ID_SEPARATOR
 from transformers import PreTrainedConfig
 
+from .untrusted import check_file
+
 MODEL_TYPES = ("skywork", "skywork_moe")
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -41,8 +43,9 @@ def _tokenizer_configs(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if os.path.isdir(name):
         for file in sorted(Path(name).rglob(_TOKENIZER_CONFIG)):
             try:
-                content = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+                # As transformers reads it: what it takes and `read_json` does not must not be passed over.
+                content = json.loads(check_file(file).read_text(encoding="utf-8"))
+            except (OSError, ValueError, RecursionError):
                 continue  # transformers cannot read it either
             if isinstance(content, dict):
                 yield str(file), content
