@@ -474,7 +474,10 @@ def test_the_report_of_a_model_without_a_plan(tmp_path):
     [
         ({"quantization_config": SkyworkInt8Config()}, r"`quantization_config`=\{'cpu': 'int8'\} is not the plan's"),
         ({"experts_layout": "fused"}, "`experts_layout`=fused is not the plan's modular"),
-        ({"num_hidden_layers": 1}, "`num_hidden_layers`=1 is not the plan's 2"),
+        (
+            {"num_hidden_layers": 1, "router_aux_loss_coef": 0.5},
+            "`num_hidden_layers`, `router_aux_loss_coef`=1, 0.5 is not the plan's 2, 0.01",
+        ),
         ({"max_memory": {"cpu": "2KiB"}}, "`max_memory`=.* is not the plan's"),
         ({"dtype": torch.float16}, "`dtype`=torch.float16 is not the plan's torch.float32"),
         ({"torch_dtype": "bfloat16"}, "`torch_dtype`=bfloat16 is not the plan's torch.float32"),

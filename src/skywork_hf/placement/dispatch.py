@@ -77,7 +77,7 @@ def load_placed(
         "stream_from_rows": stream_from_rows,
     }
     planning = {key: value for key, value in planning.items() if value is not None}
-    _check_arguments(device_map, planning, lenient_placement, kwargs)
+    _check_arguments(device_map, planning, lenient_placement)
     if "quantization_config" in kwargs:
         kwargs["quantization_config"] = as_config(kwargs["quantization_config"])
     if device_map == EXPERTS:
@@ -100,7 +100,7 @@ def load_placed(
     return loaded
 
 
-def _check_arguments(device_map: Any, planning: dict[str, Any], lenient: bool, kwargs: dict[str, Any]) -> None:
+def _check_arguments(device_map: Any, planning: dict[str, Any], lenient: bool) -> None:
     """Refuse a `device_map` that nobody knows, and what would do nothing beside the one that is given."""
     if device_map == EXPERTS:
         return
@@ -166,7 +166,8 @@ def _check_fits(plan: PlacementPlan, cls: Any, name: Any, kwargs: dict[str, Any]
     own = {field.name for field in fields(type(config))} - {field.name for field in fields(PreTrainedConfig)}
     changed = [field for field in sorted(own) if getattr(config, field) != getattr(request.config, field)]
     if changed and replace(here.parts(), config=request.config) != replace(request.parts(), config=request.config):
-        raise _not_planned(changed[0], getattr(config, changed[0]), getattr(request.config, changed[0]))
+        values, planned = (", ".join(str(getattr(of, field)) for field in changed) for of in (config, request.config))
+        raise _not_planned("`, `".join(changed), values, planned)
 
 
 def _named(methods: dict[int | str, str]) -> dict[int | str, str]:
