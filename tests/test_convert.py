@@ -1058,13 +1058,15 @@ def test_the_commands(tmp_path, capsys):
         ("upcycle_dense_to_moe.py", [DENSE, "--experts", "4"]),
     ],
 )
-def test_the_scripts(script, options, tmp_path):
-    path = Path(__file__).parent.parent / "conversion" / script
-    command = [sys.executable, str(path), str(checkpoint(options[0])), str(tmp_path / "out"), *options[1:]]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+def test_the_scripts(script, options, tmp_path, monkeypatch, capsys):
+    path = str(Path(__file__).parent.parent / "conversion" / script)
+    monkeypatch.setattr(sys, "argv", [path, str(checkpoint(options[0])), str(tmp_path / "out"), *options[1:]])
+    runpy.run_path(path, run_name="__main__")
     assert (tmp_path / "out" / "model.safetensors").exists()
-    assert "example" in subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True).stdout
+    monkeypatch.setattr(sys, "argv", [path, "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(path, run_name="__main__")
+    assert "example" in capsys.readouterr().out
 
 
 def test_calibration_removes_nothing_either(tmp_path):
