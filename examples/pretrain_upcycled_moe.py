@@ -1,6 +1,6 @@
 """From a dense model to a trained mixture of experts: upcycle, and train on with the adaptive auxiliary loss.
 
-    python examples/pretrain_upcycled_moe.py --output moe                 # a tiny model, in about two minutes on a CPU
+    python examples/pretrain_upcycled_moe.py --output moe                 # a tiny model, in some minutes on a CPU
     python examples/pretrain_upcycled_moe.py --output moe --dense Skywork/Skywork-13B-base --text corpus.txt \\
         --experts 16 --top-k 2 --learning-rate 2e-5 --steps 20000 --batch 8 --max-tokens 4096
 
@@ -93,7 +93,18 @@ def tokenized(tokenizer: Any, texts: list[str], max_tokens: int) -> list[dict[st
     cut = sum(len(row) > max_tokens for row in rows)
     if cut:
         print(f"{cut} of {len(rows)} texts are longer than {max_tokens} tokens and were cut.")
-    return [{"input_ids": row[:max_tokens], "attention_mask": [1] * len(row[:max_tokens])} for row in rows]
+    return [{"input_ids": row[:max_tokens]} for row in rows]
+
+
+def packed(rows: list[dict[str, list[int]]], max_tokens: int) -> list[dict[str, list[int]]]:
+    """Whole texts one after another in rows of at most `max_tokens`: little of a batch is padding, so that a step has
+    many tokens, and experts do not drop some by chance alone."""
+    found: list[dict[str, list[int]]] = [{"input_ids": []}]
+    for row in rows:
+        if len(found[-1]["input_ids"]) + len(row["input_ids"]) > max_tokens:
+            found.append({"input_ids": []})
+        found[-1]["input_ids"] += row["input_ids"]
+    return found
 
 
 def train(
@@ -190,9 +201,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", type=Path, help="a document in each line; default: the bundled sentences")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--top-k", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=200, help="of the MoE model, and of the dense one before it")
-    parser.add_argument("--dense-steps", type=int, default=200, help="of a tiny dense parent")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=100, help="of the MoE model, and of the dense one before it")
+    parser.add_argument("--dense-steps", type=int, default=100, help="of a tiny dense parent")
+    parser.add_argument("--batch", type=int, default=32, help="rows of up to --max-tokens")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--max-tokens", type=int, default=TINY["max_position_embeddings"])
     parser.add_argument("--report-to", default="none", help="tensorboard, wandb, trackio, ...")
@@ -212,8 +223,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     dense, upcycled = dense_folder(options), options.output / "upcycled"
     tokenizer = AutoTokenizer.from_pretrained(dense) if options.dense else train_tokenizer(texts + chats(), dense)
     data = {
-        name: tokenized(tokenizer, of_kind, options.max_tokens)
-        for name, of_kind in (("train", texts), ("held_out", held_out))
+        "train": packed(tokenized(tokenizer, texts, options.max_tokens), options.max_tokens),
+        "held_out": tokenized(tokenizer, held_out, options.max_tokens),
     }
     runs: dict[str, tuple[int, list[dict[str, Any]]]] = {}
     start = 0

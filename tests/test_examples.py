@@ -14,6 +14,7 @@ import finetune_qlora_experts
 import pretrain_upcycled_moe
 import push_adapter_to_hub
 import pytest
+import sentences
 import sft
 import torch
 from tiny import checkpoint
@@ -82,7 +83,7 @@ def test_qlora_trains_every_expert_over_a_frozen_base(quantization, tmp_path, ca
     if quantization == "nf4":
         pytest.importorskip("bitsandbytes")
     losses = finetune_qlora_experts.main(
-        ["--output", str(tmp_path), "--epochs", "2", "--quantization", quantization, "--rank", "8"]
+        ["--output", str(tmp_path), "--epochs", "1", "--quantization", quantization, "--rank", "8"]
     )
     assert losses["after"] < losses["before"] - 1.0
     assert "held out:" in capsys.readouterr().out
@@ -115,9 +116,11 @@ def test_answers_that_do_not_fit_the_context_are_refused(tmp_path):
 # --- upcycling
 
 
-def test_upcycled_experts_learn_more_than_their_parent(tmp_path, capsys):
+def test_upcycled_experts_learn_more_than_their_parent(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sentences, "HELD_OUT", 0.01)  # to evaluate quickly
     output = tmp_path / "moe"
-    losses = pretrain_upcycled_moe.main(["--output", str(output), "--dense-steps", "40", "--steps", "40"])
+    short = ["--dense-steps", "20", "--steps", "20", "--max-tokens", "32"]
+    losses = pretrain_upcycled_moe.main(["--output", str(output), *short])
     assert losses["MoE"] < losses["dense parent"] - 0.3
     assert losses["dense"] < losses["dense parent"] - 0.3
     printed = capsys.readouterr().out
