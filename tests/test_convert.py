@@ -947,21 +947,22 @@ def test_destinations_that_cannot_be_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "said"),
     [
-        ("tokenizer.model", "xx"),
-        ("tokenizer.json", "{}"),
-        ("tokenizer.json", "{"),
-        ("tokenizer_config.json", "{"),
-        ("generation_config.json", "{"),
-        ("generation_config.json", "[]"),
+        ("tokenizer.model", "xx", r"cannot be read \(.+\): download it again"),
+        ("tokenizer.json", "{}", r"cannot be read \(.+\): download it again"),
+        ("tokenizer.json", "{", r"is not JSON \(.+\): download or write it again"),
+        ("tokenizer_config.json", "{", r"is not JSON \(.+\): download or write it again"),
+        ("generation_config.json", "{", r"is not JSON \(.+\): download or write it again"),
+        ("generation_config.json", "[]", r"does not hold a JSON object: download or write it again"),
+        ("generation_config.json", '{"max_new_tokens": -1}', r"cannot be read \(.+\): download it again"),
     ],
 )
-def test_damaged_files_beside_the_weights_are_named_before_anything_is_written(name, content, tmp_path):
+def test_damaged_files_beside_the_weights_are_named_before_anything_is_written(name, content, said, tmp_path):
     saved(tmp_path / "source")
     shutil.copy(checkpoint(DENSE) / "tokenizer.model", tmp_path / "source")
     (tmp_path / "source" / name).write_text(content)
-    with pytest.raises(ValueError, match=rf"source/{name} cannot be read \(.+\): download it again"):
+    with pytest.raises(ValueError, match=f"source/{name} {said}"):
         convert_checkpoint(tmp_path / "source", tmp_path / "hub")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 

@@ -84,8 +84,9 @@ def _target_config(source: Source, to: str) -> Any:
 
 
 def _check_generation_config(file: Path) -> None:
+    content = read_json(file)
     try:
-        GenerationConfig.from_dict(read_json(file))
+        GenerationConfig.from_dict(content)
     except Exception as error:  # as many kinds as there are wrong values
         raise _damaged(file, error) from error
 
