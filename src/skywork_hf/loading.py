@@ -92,11 +92,36 @@ class SkyworkLoadingMixin(SkyworkAdaptersMixin):
             )
         return "eager"
 
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
+        """transformers' own, of a model that can be split so; asked before a weight is read."""
+        if mesh_manager is not None:
+            refuse_uneven_parts(model.config, distributed_config)
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Any:
         """Give every quantised linear its real values in `dtype`, by default that of the rest of the model."""
         type(self)._unpack(self)
         # transformers asks the config, where saving has left a string.
         return super().dequantize(dtype or self.dtype)
+
+
+def refuse_uneven_parts(config: Any, distributed_config: Any) -> None:
+    """Raise ValueError where tensor or expert parallelism would have to split a head or an expert.
+
+    Args:
+        config: of a model of ours.
+        distributed_config: with the numbers of processes `tp_size` and `ep_size`.
+    """
+    splits_heads = distributed_config.tp_plan != {}
+    fields = {"num_attention_heads": "tp_size", "num_key_value_heads": "tp_size"} if splits_heads else {}
+    for field, size in (fields | {"num_local_experts": "ep_size"}).items():
+        whole, processes = getattr(config, field, None), getattr(distributed_config, size, None) or 1
+        if whole is not None and whole % processes:
+            fitting = ", ".join(str(n) for n in range(1, whole + 1) if whole % n == 0)
+            raise ValueError(
+                f"`{size}`={processes} does not divide `{field}`={whole}: take one of {fitting} processes."
+            )
 
 
 def refuse_other_names(model: Any, loaded: Any, files: list[str]) -> None:

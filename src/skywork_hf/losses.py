@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -29,6 +30,65 @@ class SkyworkLossMixin(PreTrainedModel):
         return partial(causal_lm_loss, self.config) if function is ForCausalLMLoss else function
 
 
+def learns_in_context(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The `forward` of a causal model that leaves out targets with nothing before them: a row's first token behind
+    padding, and a text's first token behind another text, where `position_ids` begin anew in packed rows."""
+    names = list(inspect.signature(forward).parameters)[1:]
+
+    @wraps(forward)
+    def with_targets_in_context(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs |= zip(names, args, strict=False)
+        if kwargs.get("labels") is not None:
+            kwargs |= _targets_in_context(**kwargs)
+        return forward(self, **kwargs)
+
+    return with_targets_in_context
+
+
+def _targets_in_context(
+    labels: torch.Tensor,
+    attention_mask: Any = None,
+    position_ids: torch.Tensor | None = None,
+    shift_labels: torch.Tensor | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = IGNORED,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """What changes of a loss's arguments. Whoever counted the targets of the step counted those that are left out
+    here, too: that count is scaled, so that the loss stays a mean."""
+    begins = _begins(labels.shape[-1], attention_mask, position_ids)
+    if begins is None:
+        return {}
+    begins = begins.to(labels.device)
+    changed: dict[str, Any]
+    if shift_labels is None:
+        kept = labels[..., 1:].masked_fill(begins, ignore_index)
+        changed = {"labels": torch.cat([labels[..., :1], kept], dim=-1)}
+    else:
+        kept = shift_labels[..., :-1].masked_fill(begins.to(shift_labels.device), ignore_index)
+        changed = {"shift_labels": torch.cat([kept, shift_labels[..., -1:]], dim=-1)}
+    if num_items_in_batch is not None:
+        given = {"labels": labels, "shift_labels": shift_labels, "ignore_index": ignore_index}
+        share = target_count(**given | changed) / at_least_one(target_count(**given))  # type: ignore[arg-type]
+        changed["num_items_in_batch"] = num_items_in_batch * share.to(
+            getattr(num_items_in_batch, "device", share.device)
+        )
+    return changed
+
+
+def _begins(length: int, attention_mask: Any, position_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """Of all tokens of a row but the first, whether no token of their text stands before them: bool [batch, length -
+    1]; None where nothing tells."""
+    begins, real = None, None
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 and attention_mask.shape[1] >= length:
+        real = attention_mask[:, -length:].bool()
+        begins = real[:, 1:] & ~real[:, :-1]
+    if position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == length:
+        anew = position_ids.diff() <= 0
+        begins = anew if real is None or begins is None else begins | (anew & real[:, 1:]).to(begins.device)
+    return begins
+
+
 def causal_lm_loss(
     config: PreTrainedConfig,
     logits: torch.Tensor,
@@ -37,8 +97,8 @@ def causal_lm_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """`ForCausalLMLoss`, which sees to it that there is something to divide by. Warns once where there is no target,
-    and where rows are longer than the model's context.
+    """`ForCausalLMLoss`, which sees to it that there is something to divide by. Warns once where rows are longer than
+    the model's context, and where there is no target, if that is counted on the CPU.
 
     Args:
         logits: [batch, tokens, vocab_size].
@@ -81,7 +141,8 @@ def _warn(items: torch.Tensor | int, row_length: int, config: Any) -> None:
 
 
 def _is_zero(items: torch.Tensor | int) -> bool:
+    """Whether a count is 0, of which nothing is known where the host would wait for it: on other devices."""
     try:
-        return bool(items == 0)
-    except RuntimeError:  # a tensor without a value: on the meta device, in `vmap`, while tracing
+        return not (isinstance(items, torch.Tensor) and items.device.type != "cpu") and bool(items == 0)
+    except RuntimeError:  # a tensor without a value: in `vmap`, while tracing
         return False

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMode
 
 from .configuration_skywork import SkyworkConfig
 from .loading import SkyworkLoadingMixin
-from .losses import SkyworkLossMixin
+from .losses import SkyworkLossMixin, learns_in_context
 
 
 class SkyworkPreTrainedModel(SkyworkLoadingMixin, SkyworkLossMixin, LlamaPreTrainedModel):
@@ -45,6 +45,8 @@ class SkyworkForCausalLM(SkyworkPreTrainedModel, LlamaForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    forward = learns_in_context(LlamaForCausalLM.forward)  # type: ignore[assignment]
 
 
 class SkyworkForSequenceClassification(GenericForSequenceClassification, SkyworkPreTrainedModel):

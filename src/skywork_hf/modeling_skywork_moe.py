@@ -37,7 +37,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from .compat import CACHE, cache_argument, slice_logits_to_keep, warns_of_the_old_cache_name
 from .configuration_skywork import SkyworkMoeConfig
 from .loading import SkyworkLoadingMixin
-from .losses import SkyworkLossMixin, at_least_one, target_count
+from .losses import SkyworkLossMixin, at_least_one, learns_in_context, target_count
 from .overflow import OverflowWatch
 
 logger = logging.get_logger(__name__)
@@ -72,7 +72,8 @@ def load_balancing_loss(
     Args:
         router_logits: one [batch * tokens, experts] for each MoE layer, before normalisation.
         attention_mask: [batch, tokens], 0 where a token is padding and does not count; may be longer than the tokens
-            on the left, by those in the cache. None counts all.
+            on the left, by those in the cache. Of flex attention's `BlockMask`, a token is padding that does not see
+            itself. None, and a mask of four dimensions, count all.
 
     Returns:
         float32 [MoE layers], on the device of the first layer's logits.
@@ -90,10 +91,25 @@ def token_weights(router_logits: torch.Tensor, attention_mask: torch.Tensor | No
     """float32 [batch * tokens]: 1 for each row of `router_logits`, 0 where it is padding; see
     `load_balancing_loss` for the mask."""
     tokens = router_logits.shape[0]
+    if hasattr(attention_mask, "mask_mod"):
+        attention_mask = _sees_itself(attention_mask, tokens, router_logits.device)
     if attention_mask is None or attention_mask.dim() != 2:
         return torch.ones(tokens, device=router_logits.device)
     mask = attention_mask[:, -(tokens // attention_mask.shape[0]) :]
     return mask.reshape(-1).to(router_logits.device, torch.float32)
+
+
+def _sees_itself(block_mask: Any, tokens: int, device: torch.device) -> torch.Tensor:
+    """Of a `BlockMask`: bool [batch, queries], of `tokens` in all. A causal mask hides a token from itself only where
+    it is padding; in packed rows, every token sees itself. The tokens are the last of the keys."""
+    batch, _, queries, keys = block_mask.shape  # a batch of 1 holds for all rows
+
+    def sees_itself(row: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        return block_mask.mask_mod(row, torch.zeros_like(row), query, query + keys - queries)
+
+    over_tokens = torch.vmap(sees_itself, in_dims=(None, 0))
+    indices = (torch.arange(size, device=device) for size in (batch, queries))
+    return torch.vmap(over_tokens, in_dims=(0, None))(*indices).expand(tokens // queries, -1)
 
 
 def weighted_sum(weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -212,16 +228,16 @@ class SkyworkMoeExperts(nn.ModuleList):
         bounds = self.overflow.read_with(torch.searchsorted(expert_of_pair, starts))
 
         outputs = self._outputs(rows, rows_on_cpu, bounds)
-        weighted = torch.cat(outputs) * top_k_weights.flatten()[pair].unsqueeze(-1)
+        weighted = torch.cat(outputs or [rows]) * top_k_weights.flatten()[pair].unsqueeze(-1)
         by_token = weighted[pair.argsort()].view(tokens, top_k, -1)
         return by_token.sum(dim=1).to(hidden_states.dtype)
 
     def _outputs(self, rows: torch.Tensor, rows_on_cpu: torch.Tensor, bounds: list[int]) -> list[torch.Tensor]:
         """Each expert's outputs on its rows, on the device of `rows`. Other devices are given their work before the
         CPU begins its own, so that all compute at the same time."""
-        runs = [(n, slice(*run)) for n, run in enumerate(pairwise(bounds)) if run[0] < run[1]]
+        runs = [(n, slice(*run)) for n, run in enumerate(pairwise(bounds)) if run[0] < run[1] or _runs_idle(self[n])]
         if self.before_run is not None:
-            self.before_run([self[number] for number, _ in runs])
+            self.before_run([self[number] for number, run in runs if run.start < run.stop])
         outputs: dict[int, torch.Tensor] = {}
         for number, run in sorted(runs, key=lambda run: _device_of(self[run[0]]).type == "cpu"):
             expert = self[number]
@@ -246,6 +262,25 @@ class SkyworkMoeExperts(nn.ModuleList):
 def _device_of(expert: Any) -> torch.device:
     """Where an expert lives; "meta" where accelerate brings its weights when they are needed."""
     return expert.w1.weight.device
+
+
+def _runs_idle(expert: nn.Module) -> bool:
+    """Whether an expert runs though no token chose it: where it is trained, so that it has a gradient, of zeros, on
+    every process; and where its weights are sharded, since all processes have to call what puts them together."""
+    # Weights that accelerate would have to bring, from a disk or the CPU, are not trained there.
+    trains = torch.is_grad_enabled() and _device_of(expert).type != "meta"
+    if trains and any(parameter.requires_grad for parameter in expert.parameters()):
+        return True
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and is_sharded(expert)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether processes share the parameters of a module, by FSDP2, tensor parallelism, ZeRO-3 or FSDP1."""
+    from torch.distributed.tensor import DTensor  # not in every build of torch
+
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in module.parameters()) or (
+        any(hasattr(part, "_fsdp_wrapped_module") for part in module.modules())
+    )
 
 
 def compute_on(device: torch.device, expert: nn.Module, rows: torch.Tensor) -> torch.Tensor:
@@ -308,10 +343,14 @@ class SkyworkMoeSparseLayer(SkyworkMoeDecoderLayer):
         return self.block_sparse_moe
 
 
+def _layer_class(config: SkyworkMoeConfig, idx: int) -> type[SkyworkMoeDecoderLayer]:
+    return SkyworkMoeSparseLayer if config.is_moe_layer(idx) else SkyworkMoeDenseLayer
+
+
 class SkyworkMoePreTrainedModel(SkyworkLoadingMixin, SkyworkLossMixin, MixtralPreTrainedModel):
     config: SkyworkMoeConfig
     config_class = SkyworkMoeConfig
-    _no_split_modules = ["SkyworkMoeDenseLayer", "SkyworkMoeSparseLayer"]
+    _can_compile_fullgraph = False  # of the class; a model of the fused layout says otherwise
     _can_record_outputs = {
         "router_logits": OutputRecorder(SkyworkMoeGate, index=0),
         "hidden_states": SkyworkMoeDecoderLayer,
@@ -326,11 +365,19 @@ class SkyworkMoePreTrainedModel(SkyworkLoadingMixin, SkyworkLossMixin, MixtralPr
         MixtralPreTrainedModel.__init__(self, config, *args, **kwargs)
         # The modular layout asks the host which experts were chosen, once a layer.
         self._can_compile_fullgraph = config.experts_layout == "fused"
+        # Those that are there: accelerate's and PEFT's FSDP refuse a name of which they find none.
+        layers = {_layer_class(config, idx).__name__ for idx in range(config.num_hidden_layers)}
+        self._no_split_modules = sorted(layers)  # type: ignore[assignment]
 
     def is_custom_code(self) -> bool:  # type: ignore[override]
         """Whether transformers leaves the names of the weights alone, in files and in adapters of PEFT: it does so for
         what it takes for custom code, and merges the experts of the fused layout."""
         return self.config.experts_layout == "modular"
+
+    def _valid_auto_compile_criteria(self, *args: Any) -> bool:
+        """Whether `generate` compiles the forward pass: not one that would break at each layer, and be compiled anew
+        for every choice of experts."""
+        return self._can_compile_fullgraph and super()._valid_auto_compile_criteria(*args)
 
     def _activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, *args: Any) -> None:
         """transformers' own; not reentrant unless that is asked for, also where PEFT passes an empty dict: the
@@ -371,10 +418,7 @@ class SkyworkMoeModel(SkyworkMoePreTrainedModel, MixtralModel):
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList(
-            (SkyworkMoeSparseLayer if config.is_moe_layer(idx) else SkyworkMoeDenseLayer)(config, idx)
-            for idx in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(_layer_class(config, idx)(config, idx) for idx in range(config.num_hidden_layers))
         self.norm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = MixtralRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -396,6 +440,7 @@ class SkyworkMoeForCausalLM(SkyworkMoePreTrainedModel, MixtralForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @learns_in_context
     @can_return_tuple
     @warns_of_the_old_cache_name
     def forward(  # type: ignore[misc]  # names that TransformersKwargs has too, as Mixtral's own forward

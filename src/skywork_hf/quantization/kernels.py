@@ -34,12 +34,15 @@ CPU_BLOCK, GPU_BLOCK = 2**20, 2**26
 _E4M3_IN_FLOAT16 = 2.0**8
 
 
-def quantize_int8(weight: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_int8(
+    weight: torch.Tensor, scale: torch.Tensor | None = None, largest: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric int8, one scale for each row.
 
     Args:
         weight: [out_features, in_features], any float dtype, finite; or float8_e4m3fn.
         scale: that of an FP8 `weight`, one element.
+        largest: float32 [out_features], the largest magnitude of each row; None: `weight` has the whole rows.
 
     Returns:
         int8 [out_features, in_features] and bfloat16 scales [out_features]; real = int8 * scale. Scales are rounded
@@ -49,22 +52,24 @@ def quantize_int8(weight: torch.Tensor, scale: torch.Tensor | None = None) -> tu
     scales = torch.empty(weight.shape[0], dtype=torch.bfloat16, device=weight.device)
     for rows in _row_blocks(weight):
         block = weight[rows].float() if scale is None else _real(weight, scale, rows)
-        row_scale = (block.abs().amax(dim=1) / INT8_MAX).clamp_min(torch.finfo(torch.bfloat16).tiny).bfloat16()
+        row_largest = block.abs().amax(dim=1) if largest is None else largest[rows]
+        row_scale = (row_largest / INT8_MAX).clamp_min(torch.finfo(torch.bfloat16).tiny).bfloat16()
         scales[rows] = row_scale
         quantized[rows] = _to_int8(block, row_scale.float().unsqueeze(1))
     return quantized, scales
 
 
-def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_fp8(weight: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """FP8 (e4m3) with one scale.
 
     Args:
         weight: [out_features, in_features], any float dtype, finite.
+        scale: what to quantise with; None: the `fp8_scale` of `weight`.
 
     Returns:
         float8_e4m3fn [out_features, in_features] and a float32 scale of no dimensions; real = fp8 * scale.
     """
-    scale = fp8_scale(weight)
+    scale = fp8_scale(weight) if scale is None else scale
     quantized = torch.empty(weight.shape, dtype=FP8, device=weight.device)
     for rows in _row_blocks(weight):
         quantized[rows] = to_fp8(weight[rows], scale)
@@ -120,9 +125,11 @@ def weight_only_linear(inputs: torch.Tensor, weight: torch.Tensor, scale: torch.
     Returns:
         [rows, out_features] in the dtype of `inputs`.
     """
+    outputs = torch.empty(inputs.shape[0], weight.shape[0], dtype=inputs.dtype, device=inputs.device)
+    if not len(inputs):
+        return outputs
     compute = _compute_dtype(inputs)
     inputs_there = inputs.to(compute)
-    outputs = torch.empty(inputs.shape[0], weight.shape[0], dtype=inputs.dtype, device=inputs.device)
     for rows in _row_blocks(weight):
         values, factor = _block(weight, scale, rows, compute)
         outputs[:, rows] = (inputs_there @ values.t()).float().mul_(factor.t())
@@ -138,8 +145,10 @@ def weight_only_backward(grad: torch.Tensor, weight: torch.Tensor, scale: torch.
     Returns:
         [rows, in_features] in the dtype of `grad`; summed in float32.
     """
-    compute = _compute_dtype(grad)
     total = torch.zeros(grad.shape[0], weight.shape[1], device=grad.device)
+    if not len(grad):
+        return total.to(grad.dtype)
+    compute = _compute_dtype(grad)
     for rows in _row_blocks(weight):
         values, factor = _block(weight, scale, rows, compute)
         total += (grad[:, rows].float() * factor.t()).to(compute) @ values
@@ -192,7 +201,7 @@ def has_fast_weight_only(device_type: str, dtype: torch.dtype, rows: int, shape:
     """Whether torch's weight-only kernel takes this and is the fastest for it: few rows of bfloat16 on a CPU. (For
     other dtypes it is slower than blocks on CPUs without AVX512.)"""
     fits = device_type == "cpu" and dtype == torch.bfloat16
-    return fits and rows <= CPU_WEIGHT_ONLY_ROWS and shape[1] % CPU_WEIGHT_ONLY_MULTIPLE == 0
+    return fits and 0 < rows <= CPU_WEIGHT_ONLY_ROWS and shape[1] % CPU_WEIGHT_ONLY_MULTIPLE == 0
 
 
 def has_fast_int_mm(device_type: str, rows: int, shape: tuple[int, ...]) -> bool:
@@ -228,7 +237,7 @@ def fp8_linear(
     Returns:
         [rows, out_features] in the dtype of `inputs`.
     """
-    if fp8_kernel(has_fp8_unit(inputs.device), weight.shape, scheme) == "blocks":
+    if not len(inputs) or fp8_kernel(has_fp8_unit(inputs.device), weight.shape, scheme) == "blocks":
         return weight_only_linear(inputs, weight, scale)
     if input_scale is None:
         input_scale = fp8_scale(inputs)

@@ -86,6 +86,8 @@ class SkyworkQuantizedLinear(nn.Linear):
     # In what dtype PEFT is to make adapters: its own. Without this it takes the weight's, and rounds them to float8.
     compute_dtype: torch.dtype | None = None
     path = "linear"  # its name in the model that it was loaded with
+    # In tensor parallelism, transformers calls it with this process's part of the weight alone.
+    _hf_quantized_needs_local_tp = True
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, device: Any) -> None:
         nn.Module.__init__(self)  # past nn.Linear's own, which would make a float weight
@@ -114,11 +116,11 @@ class SkyworkQuantizedLinear(nn.Linear):
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):  # kernels choose what each of their matmuls runs in
                 return self.forward(input.to(torch.get_autocast_dtype(device)))
-        rows = input.reshape(-1, self.in_features)
+        rows = input.reshape(-1, input.shape[-1])  # of which a process has a part in tensor parallelism
         # Past autograd where nothing is trained: a decoded token meets some hundreds of these.
         trained = torch.is_grad_enabled() and rows.requires_grad
         outputs = _FrozenMatmul.apply(rows, self) if trained else self.matmul(rows)
-        outputs = outputs.view(*input.shape[:-1], self.out_features)
+        outputs = outputs.view(*input.shape[:-1], outputs.shape[-1])
         return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
 
     @property

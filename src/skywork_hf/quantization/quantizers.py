@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.integrations.accelerate import get_device
 from transformers.quantizers import HfQuantizer
@@ -78,6 +80,7 @@ class _SkyworkQuantizer(HfQuantizer):
             dtype = self.stored_dtype if self.pre_quantized else linear.weight.dtype
             quantized.weight = nn.Parameter(torch.empty_like(linear.weight, dtype=dtype), requires_grad=False)
             model.set_submodule(name, quantized)
+        model.tp_plan.update(_plan_of_scales(model))
 
     def _check(self, stored: dict[str, StoredTensor], names: list[str]) -> list[StoredTensor]:
         """Raise ValueError where the files do not hold what is to be loaded; the scales that are to be looked at."""
@@ -179,6 +182,13 @@ class SkyworkFp8Quantizer(_SkyworkQuantizer):
             ignored = {rf"\.{name}$" for name in checks.INPUT_SCALE_NAMES}
             model._keys_to_ignore_on_load_unexpected = ignored | set(model._keys_to_ignore_on_load_unexpected or ())
 
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        """What is saved: with the weights of which processes have parts put together here, as bytes, since gloo takes
+        no FP8."""
+        state = model.state_dict()
+        parts = [name for name, part in state.items() if isinstance(part, DTensor) and part.dtype == kernels.FP8]
+        return (state | {name: _put_together(state[name]) for name in parts} if parts else None), {}
+
     def _check_quantized(self, stored: dict[str, StoredTensor], name: str) -> list[StoredTensor]:
         return checks.check_fp8(stored, name, static=self.scheme == "static")
 
@@ -235,6 +245,19 @@ def linears_to_quantize(model: Any, modules_to_not_convert: list[str] | None) ->
     }
 
 
+def _plan_of_scales(model: Any) -> dict[str, str]:
+    """Rules of tensor parallelism for the scales, which have those of their weights otherwise: every process has them
+    whole, but for int8's one a row where the rows are split."""
+    whole = {}
+    for name, module in _quantized_linears(model).items():
+        rule = re.sub(r"\.\d+(?=\.)", ".*", name)
+        by_rows = isinstance(module, SkyworkInt8Linear) and model.tp_plan.get(rule) == "colwise"
+        if rule in model.tp_plan and not by_rows:
+            scales = (scale for scale, _ in module.named_parameters() if scale.endswith("scale"))
+            whole |= {f"{rule}.{scale}": "replicated_with_grad_allreduce" for scale in scales}
+    return whole
+
+
 class _Quantize(ConversionOps):
     """A 16-bit weight to what the module at its place holds."""
 
@@ -262,11 +285,34 @@ class _Fp8ToInt8(ConversionOps):
 
 
 def _quantized(module: SkyworkQuantizedLinear, path: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    quantize = kernels.quantize_int8 if isinstance(module, SkyworkInt8Linear) else kernels.quantize_fp8
-    quantized, scale = quantize(weight)
+    if isinstance(module, SkyworkInt8Linear):
+        split = isinstance(module.weight, DTensor)
+        largest = _of_all_parts(weight.abs().amax(dim=1).float(), module.weight, (1,)) if split else None
+        quantized, scale = kernels.quantize_int8(weight, largest=largest)
+    else:
+        scale = _of_all_parts(kernels.fp8_scale(weight), module.weight, (0, 1))
+        quantized, scale = kernels.quantize_fp8(weight, scale)
     if not scale.isfinite().all():
         raise ValueError(f"`{path}.weight` holds values that are not finite: it cannot be quantised.")
     return {f"{path}.weight": quantized, f"{path}.weight_scale": scale}
+
+
+def _of_all_parts(largest: torch.Tensor, weight: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+    """The largest that any process has in `largest`, where processes have parts of a weight along `dims`: these have
+    one scale, as if the weight had been quantised whole."""
+    if isinstance(weight, DTensor):
+        for mesh_dim, placement in enumerate(weight.placements):
+            if any(placement.is_shard(dim) for dim in dims):
+                group = weight.device_mesh.get_group(mesh_dim)
+                torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group)
+    return largest
+
+
+def _put_together(part: Any) -> torch.Tensor:
+    """The whole of a DTensor, on the CPU."""
+    where = {"shape": part.shape, "stride": part.stride(), "run_check": False}
+    as_bytes = DTensor.from_local(part.to_local().view(torch.uint8), part.device_mesh, part.placements, **where)
+    return as_bytes.full_tensor().view(part.dtype).cpu()
 
 
 def _int8_rule(int8_devices: Any, device_map: Any) -> Callable[[str], bool]:
