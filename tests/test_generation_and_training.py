@@ -15,6 +15,7 @@ from transformers import (
     pipeline,
 )
 from transformers.cache_utils import DynamicCache
+from transformers.generation import CompileConfig, GenerationConfig
 
 from skywork_hf import SkyworkForCausalLM, SkyworkMoeForCausalLM
 from skywork_hf.compat import CACHE
@@ -171,6 +172,13 @@ def test_fullgraph_compiled_decode_step_of_the_fused_layout():
 
 
 def test_only_the_fused_layout_says_that_it_compiles_whole():
+    """By the class, as transformers' tests ask, and by the model; `generate` compiles no other."""
+    assert not SkyworkMoeForCausalLM._can_compile_fullgraph
+    static = {"past_key_values": StaticCache(config=tiny_moe_config(), max_cache_len=8)}
+    asked = GenerationConfig(compile_config=CompileConfig())
+    asked.compile_config._compile_all_devices = True  # CPUs, too
+    assert FAMILIES["fused"]()._valid_auto_compile_criteria(static | {"cache": static["past_key_values"]}, asked)
+    assert not FAMILIES["modular"]()._valid_auto_compile_criteria(static | {"cache": static["past_key_values"]}, asked)
     assert FAMILIES["fused"]()._can_compile_fullgraph
     assert not FAMILIES["modular"]()._can_compile_fullgraph
     assert FAMILIES["dense"]()._can_compile_fullgraph

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from simulated_device import SimulatedDevices
 from tiny import tiny_dense_config, tiny_moe_config, tokens
 from torch.func import functional_call, grad, vmap
+from torch.nn.utils.rnn import pad_sequence
 from transformers.testing_utils import CaptureLogger
 from transformers.utils.logging import warning_once
 
@@ -118,6 +120,60 @@ def test_another_label_may_be_the_one_to_ignore(family):
     output = model(input_ids=ids, labels=labels, ignore_index=0)
     predicted, targets = output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     torch.testing.assert_close(output.loss, F.cross_entropy(predicted, targets, ignore_index=0))
+
+
+def row_by_row(model: Any, rows: list[torch.Tensor]) -> torch.Tensor:
+    """The mean over all targets of rows that are each alone."""
+    losses = [model(input_ids=row[None], labels=row[None]).loss * (len(row) - 1) for row in rows]
+    return torch.stack(losses).sum() / sum(len(row) - 1 for row in rows)
+
+
+def padded(rows: list[torch.Tensor], side: str) -> dict[str, torch.Tensor]:
+    """As a collator for language models pads."""
+    pad = {value: pad_sequence(rows, True, value, padding_side=side) for value in (0, -100)}
+    return {"input_ids": pad[0], "labels": pad[-100], "attention_mask": pad[-100].ne(-100).long()}
+
+
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_token_is_predicted_from_padding(family, side, counted):
+    model, rows = FAMILIES[family](), [tokens(1, length)[0] for length in (4, 9, 6)]
+    batch = padded(rows, side)
+    # As the Trainer counts, which knows nothing of padding.
+    items = {"num_items_in_batch": batch["labels"][:, 1:].ne(-100).sum()} if counted else {}
+    torch.testing.assert_close(model(**batch, **items).loss, row_by_row(model, rows))
+    shifted = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    torch.testing.assert_close(model(**batch, shift_labels=shifted).loss, row_by_row(model, rows))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nor_from_another_text_in_packed_rows(family):
+    model, rows = FAMILIES[family](), [tokens(1, length)[0] for length in (4, 1, 9)]
+    ids = torch.cat(rows)[None]
+    positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
+    packed = model(input_ids=ids, labels=ids, position_ids=positions, use_cache=False).loss
+    torch.testing.assert_close(packed, row_by_row(model, [rows[0], rows[2]]))
+
+
+def test_the_end_of_a_text_that_is_padding_too_is_still_learnt():
+    model, ids = FAMILIES["dense"](), tokens()
+    mask = torch.ones_like(ids)
+    mask[:, -2:] = 0
+    labels = ids.clone()
+    labels[:, -1] = -100
+    predicted = model(input_ids=ids, attention_mask=mask).logits[:, :-2].flatten(0, 1)
+    wanted = F.cross_entropy(predicted, ids[:, 1:-1].flatten())
+    torch.testing.assert_close(model(input_ids=ids, attention_mask=mask, labels=labels).loss, wanted)
+
+
+@pytest.mark.parametrize(("family", "waits"), [("dense", 0), ("modular", 2)])
+def test_the_host_waits_for_no_warning(family, waits):
+    with SimulatedDevices() as simulated:
+        model, ids = FAMILIES[family]().to("lazy:0"), tokens().to("lazy:0")
+        simulated.reset()
+        model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(7).to("lazy:0")).loss.backward()
+        assert simulated.host_syncs == waits  # one for each MoE layer's experts
 
 
 def test_tensors_without_values_have_a_loss_too():

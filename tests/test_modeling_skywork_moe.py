@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import LAYOUTS, checkpoint, golden, tiny_dense_config, tiny_moe_config, tokens
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers.masking_utils import create_causal_mask
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralExperts
 
 from skywork_hf import SkyworkModel, SkyworkMoeConfig, SkyworkMoeForCausalLM, SkyworkMoeModel
@@ -246,6 +248,22 @@ def test_load_balancing_loss_is_eq_4(norm):
     losses.sum().backward()
     assert logits[0].grad[0].abs().sum() == 0  # the padding token does not count
     assert logits[0].grad[1:].abs().sum() > 0
+
+
+@torch.compiler.set_stance("force_eager")  # transformers compiles what makes masks
+def test_a_block_mask_hides_padding_from_itself_and_in_packed_rows_there_is_none():
+    config = tiny_moe_config(attn_implementation="flex_attention")
+    logits, mask = (torch.randn(16, 4),), torch.ones(2, 8)
+    mask[0, :3] = 0
+    packed = {"attention_mask": None, "position_ids": torch.arange(8).remainder(5).expand(2, 8)}
+    for how in ({"attention_mask": mask}, {"attention_mask": mask.flip(1)}, packed):
+        blocks = create_causal_mask(config=config, inputs_embeds=torch.zeros(2, 8, 32), past_key_values=None, **how)
+        assert isinstance(blocks, BlockMask)
+        wanted = load_balancing_loss(logits, config, how["attention_mask"])
+        torch.testing.assert_close(load_balancing_loss(logits, config, blocks), wanted)
+    of_all_rows = create_block_mask(lambda row, head, query, key: query >= key, None, None, 8, 8, device="cpu")
+    wanted = load_balancing_loss(logits, config)
+    torch.testing.assert_close(load_balancing_loss(logits, config, of_all_rows), wanted)
 
 
 @layouts

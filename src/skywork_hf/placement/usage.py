@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from ..modeling_skywork_moe import SkyworkMoeGate
+from ..modeling_skywork_moe import SkyworkMoeGate, routing_probabilities
 from ..untrusted import read_json
 
 # Beyond it floating-point numbers skip integers.
@@ -128,32 +127,28 @@ def collect_expert_usage(
     Raises:
         ValueError: the model has no experts, or there is no text.
     """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, SkyworkMoeGate)]
+    layers = [name for name, module in model.named_modules() if isinstance(module, SkyworkMoeGate)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no experts to count.")
     config = model.config
     experts, limit = config.num_local_experts, max_tokens or config.max_position_embeddings
     together = torch.zeros(len(layers), experts, experts, dtype=torch.int64)
     tokens = 0
-
-    def count(row: int, gate: Any, inputs: Any, outputs: Any) -> None:
-        chosen = torch.nn.functional.one_hot(outputs[2].cpu(), experts).sum(dim=1).double()
-        together[row] += (chosen.t() @ chosen).long()
-
-    handles = [gate.register_forward_hook(partial(count, row)) for row, (_, gate) in enumerate(layers)]
-    try:
-        for text in logging.tqdm(list(texts), desc="Counting experts"):
-            if isinstance(text, str) and tokenizer is None:
-                tokenizer = AutoTokenizer.from_pretrained(config.name_or_path)
-            ids = tokenizer(text, return_tensors="pt").input_ids if isinstance(text, str) else text
-            ids = ids.reshape(1, -1)[:, :limit]
-            if ids.shape[1]:
-                getattr(model, model.base_model_prefix, model)(ids.to(model.device), use_cache=False)
-                tokens += ids.shape[1]
-    finally:
-        for handle in handles:
-            handle.remove()
+    for text in logging.tqdm(list(texts), desc="Counting experts"):
+        if isinstance(text, str) and tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(config.name_or_path)
+        ids = tokenizer(text, return_tensors="pt").input_ids if isinstance(text, str) else text
+        ids = ids.reshape(1, -1)[:, :limit].to(model.device)
+        if not ids.shape[1]:
+            continue
+        # The logits of this call alone, whatever other threads generate meanwhile.
+        outputs = getattr(model, model.base_model_prefix, model)(ids, use_cache=False, output_router_logits=True)
+        for row, logits in enumerate(outputs.router_logits):
+            chosen = routing_probabilities(logits, config).topk(config.num_experts_per_tok).indices
+            chose = torch.nn.functional.one_hot(chosen.cpu(), experts).sum(dim=1).double()
+            together[row] += (chose.t() @ chose).long()
+        tokens += ids.shape[1]
     if not tokens:
         raise ValueError("`texts` holds no tokens: there is nothing to count.")
-    numbers = [int(name.split("layers.")[1].split(".")[0]) for name, _ in layers]
+    numbers = [int(name.split("layers.")[1].split(".")[0]) for name in layers]
     return ExpertUsage(numbers, together.diagonal(dim1=1, dim2=2).clone(), together, tokens)
