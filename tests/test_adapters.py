@@ -69,6 +69,17 @@ def adapt(model: Any, config: Any) -> Any:
     return adapted.eval()
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_experts_without_a_token_have_gradients_too(precision, folder):
+    """Of zeros: processes that add up theirs have them for the same parameters."""
+    adapted = adapt(load(folder, precision), peft.LoraConfig(r=2, target_modules=EXPERTS)).train()
+    adapted(tokens(1, 1)).logits.sum().backward()
+    gradients = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
+    assert any(gradient.any() for gradient in gradients.values())
+    assert any(not gradient.any() for gradient in gradients.values())
+
+
 def adapter_values(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if ".lora_" in name or ".ia3_" in name}
 

@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 import torch
 import two_processes
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from safetensors.torch import load_file
 from tiny import LAYOUTS, checkpoint, golden, tiny_dense_config, tiny_moe_config
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from two_processes import CASES
 
 from skywork_hf import (
@@ -26,6 +29,7 @@ from skywork_hf import (
     SkyworkMoeForCausalLM,
     SkyworkMoeModel,
 )
+from skywork_hf.modeling_skywork_moe import SkyworkMoeDenseLayer, SkyworkMoeSparseLayer
 
 # In the two-layer gate `0` and `2`.
 REPLICATED = {"norm", "input_layernorm", "post_attention_layernorm", "gate", "0", "2", "score"}
@@ -73,6 +77,31 @@ def test_only_the_fused_layout_has_a_plan_for_whole_experts() -> None:
     modular, fused = (tiny_moe_config(experts_layout=layout) for layout in LAYOUTS)
     assert modular.base_model_ep_plan is None
     assert set(fused.base_model_ep_plan.values()) == {"grouped_gemm", "ep_dispatch_experts"}
+
+
+LAYERS = {
+    SkyworkForCausalLM(tiny_dense_config()): {LlamaDecoderLayer},
+    SkyworkMoeForCausalLM(tiny_moe_config()): {SkyworkMoeSparseLayer},
+    SkyworkMoeForCausalLM(tiny_moe_config(moe_expert_interval=2)): {SkyworkMoeDenseLayer, SkyworkMoeSparseLayer},
+}
+
+
+@pytest.mark.parametrize("model", LAYERS)
+def test_accelerate_and_peft_wrap_the_layers_that_are_there(model: PreTrainedModel) -> None:
+    for version in (1, 2):
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=version, auto_wrap_policy="transformer_based_wrap")
+        if version == 1:
+            plugin.set_auto_wrap_policy(model)
+            assert plugin.auto_wrap_policy.keywords["transformer_layer_cls"] == LAYERS[model]
+        else:
+            wraps = fsdp2_prepare_auto_wrap_policy(plugin, model)
+            assert {type(module) for module in model.modules() if wraps(module)} == LAYERS[model]
+    peft = pytest.importorskip("peft")
+    _, layers = peft.utils.other.fsdp_auto_wrap_policy(peft.get_peft_model(model, peft.LoraConfig())).keywords[
+        "policies"
+    ]
+    assert LAYERS[model] <= layers.keywords["transformer_layer_cls"]
+    assert model._no_split_modules == {layer.__name__ for layer in LAYERS[model]}
 
 
 @pytest.fixture(scope="module")

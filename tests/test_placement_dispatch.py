@@ -140,6 +140,28 @@ def test_the_kernel_is_told_which_experts_on_disk_will_be_read(monkeypatch):
     assert advised == [("MADV_WILLNEED", weights)]  # the other layer has nothing on the disk
 
 
+def test_only_chosen_experts_are_read_from_a_disk_where_gradients_are_recorded(monkeypatch, tmp_path):
+    """They all run, those without a token on no rows; where accelerate would read them, only chosen ones do."""
+    advised: list[int] = []
+    monkeypatch.setattr(
+        "skywork_hf.placement.pages._advise",
+        lambda tensors, advice: advised.append(len(list(tensors)) * (advice == "MADV_WILLNEED")),
+    )
+    everywhere = expert_map(["cpu"] * 2, [["disk"] * 16] * 2)
+    model = load(checkpoint(MOE), device_map=everywhere)
+    seen = expert_devices(model)
+    advised.clear()
+    model(tokens(1, 1, vocab=200))
+    assert advised == [2 * 3] * 2
+    assert all(seen.values())
+
+    SkyworkMoeForCausalLM.from_pretrained(checkpoint(MOE)).bfloat16().save_pretrained(tmp_path)
+    model = load(tmp_path, device_map=everywhere)
+    seen = expert_devices(model)
+    model(tokens(1, 1, vocab=200))
+    assert sum(bool(devices) for devices in seen.values()) == 2 * 2
+
+
 def test_experts_on_disk_are_cast_when_they_are_read(tmp_path):
     """Where the model has another dtype than the files they cannot stay mapped, and are accelerate's."""
     SkyworkMoeForCausalLM(tiny_moe_config()).bfloat16().save_pretrained(tmp_path)
