@@ -29,10 +29,13 @@ from skywork_hf import (
     SkyworkMoeForCausalLM,
     SkyworkMoeModel,
 )
+from skywork_hf.compat import SPLITS_UNEVEN_HEADS
 from skywork_hf.modeling_skywork_moe import SkyworkMoeDenseLayer, SkyworkMoeSparseLayer
 
 # In the two-layer gate `0` and `2`.
 REPLICATED = {"norm", "input_layernorm", "post_attention_layernorm", "gate", "0", "2", "score"}
+if not SPLITS_UNEVEN_HEADS:
+    REPLICATED |= {"embed_tokens", "lm_head"}
 
 
 def as_in_plans(name: str) -> str:
@@ -149,7 +152,7 @@ def test_each_of_two_processes_has_half_the_weights_and_the_outputs_of_one(
     shares = json.loads((of_two_processes / case / f"shares-{rank}.json").read_text())
     for name, share in shares.items():
         # The vocabulary's 4007 rows have no halves; scales may be whole.
-        halves = module_of(name) not in REPLICATED and not name.endswith("_scale")
+        halves = module_of(name) not in REPLICATED
         assert share == (pytest.approx(0.5, abs=1e-3) if halves else 1) or name.endswith("_scale"), name
 
 

@@ -44,6 +44,10 @@ def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torc
     return hidden_states[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
 
 
+# Whether tensor parallelism takes a head whose rows the processes do not divide, as those of Skywork's vocabulary; as
+# seen in 5.23, and not in 5.19.
+SPLITS_UNEVEN_HEADS = _RELEASE >= (5, 23)
+
 # Whether tokenizers' `apply_chat_template` takes `sanitize_control_tokens`, which in 5.19 is a variable of templates.
 SANITIZES_CHATS = _RELEASE >= (5, 20)
 

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .adapters import SkyworkAdaptersMixin, check_adapter, dora_renaming
+from .compat import SPLITS_UNEVEN_HEADS
 from .headers import read_headers, refuse_undeclared_quantization
 from .trust import is_ours
 
@@ -97,6 +98,8 @@ class SkyworkLoadingMixin(SkyworkAdaptersMixin):
         """transformers' own, of a model that can be split so; asked before a weight is read."""
         if mesh_manager is not None:
             refuse_uneven_parts(model.config, distributed_config)
+            if not SPLITS_UNEVEN_HEADS and model.config.vocab_size % distributed_config.tp_size:
+                model.tp_plan.pop("lm_head", None)  # every process has it whole
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Any:

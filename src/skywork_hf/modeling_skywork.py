@@ -46,7 +46,7 @@ class SkyworkForCausalLM(SkyworkPreTrainedModel, LlamaForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    forward = learns_in_context(LlamaForCausalLM.forward)  # type: ignore[assignment]
+    forward = learns_in_context(LlamaForCausalLM.forward)
 
 
 class SkyworkForSequenceClassification(GenericForSequenceClassification, SkyworkPreTrainedModel):

@@ -367,17 +367,12 @@ class SkyworkMoePreTrainedModel(SkyworkLoadingMixin, SkyworkLossMixin, MixtralPr
         self._can_compile_fullgraph = config.experts_layout == "fused"
         # Those that are there: accelerate's and PEFT's FSDP refuse a name of which they find none.
         layers = {_layer_class(config, idx).__name__ for idx in range(config.num_hidden_layers)}
-        self._no_split_modules = sorted(layers)  # type: ignore[assignment]
+        self._no_split_modules = sorted(layers)
 
     def is_custom_code(self) -> bool:  # type: ignore[override]
         """Whether transformers leaves the names of the weights alone, in files and in adapters of PEFT: it does so for
         what it takes for custom code, and merges the experts of the fused layout."""
         return self.config.experts_layout == "modular"
-
-    def _valid_auto_compile_criteria(self, *args: Any) -> bool:
-        """Whether `generate` compiles the forward pass: not one that would break at each layer, and be compiled anew
-        for every choice of experts."""
-        return self._can_compile_fullgraph and super()._valid_auto_compile_criteria(*args)
 
     def _activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, *args: Any) -> None:
         """transformers' own; not reentrant unless that is asked for, also where PEFT passes an empty dict: the
@@ -499,6 +494,11 @@ class SkyworkMoeForCausalLM(SkyworkMoePreTrainedModel, MixtralForCausalLM):
             router_logits=outputs.router_logits,
             **{CACHE: getattr(outputs, CACHE)},
         )
+
+    def _valid_auto_compile_criteria(self, *args: Any) -> bool:
+        """Whether `generate` compiles the forward pass: not one that would break at each layer, and be compiled anew
+        for every choice of experts."""
+        return self._can_compile_fullgraph and super()._valid_auto_compile_criteria(*args)  # type: ignore[misc]
 
     def _weighted(self, layer_losses: torch.Tensor) -> torch.Tensor:
         if self.aux_loss_coefficients is None:

@@ -248,7 +248,7 @@ def linears_to_quantize(model: Any, modules_to_not_convert: list[str] | None) ->
 def _plan_of_scales(model: Any) -> dict[str, str]:
     """Rules of tensor parallelism for the scales, which have those of their weights otherwise: every process has them
     whole, but for int8's one a row where the rows are split."""
-    whole = {}
+    whole: dict[str, str] = {}
     for name, module in _quantized_linears(model).items():
         rule = re.sub(r"\.\d+(?=\.)", ".*", name)
         by_rows = isinstance(module, SkyworkInt8Linear) and model.tp_plan.get(rule) == "colwise"
