@@ -123,11 +123,11 @@ def test_a_dense_checkpoint_is_a_llama(tmp_path):
         "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
         "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
-        "ids = tokenizer('a b').input_ids\n"
+        "ids = tokenizer('a </s> b').input_ids\n"
         "print(type(model).__name__, ids, tokenizer.padding_side, 'skywork_hf' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=True)
-    ids = AutoTokenizer.from_pretrained(checkpoint(DENSE))("a b").input_ids
+    ids = AutoTokenizer.from_pretrained(checkpoint(DENSE))("a </s> b").input_ids
     assert run.stdout.split("\n")[0] == f"LlamaForCausalLM {ids} left False"
     with pytest.raises(ValueError, match="only a dense checkpoint"):
         convert_checkpoint(checkpoint(MOE), tmp_path / "moe-llama", to="llama")

@@ -546,6 +546,13 @@ def test_control_tokens_in_a_message_are_text_on_request(text):
         assert ids == special_encode(text)
 
 
+def test_what_a_template_writes_are_tokens_whatever_texts_are_split_into():
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER, split_special_tokens=True)
+    for sanitize in (False, True):
+        assert chat(tokenizer, "how", sanitize_control_tokens=sanitize) == [2, 1, USER, 310, SEP, BOT]
+    assert tokenizer("x</s>")["input_ids"] == [1, *ORACLE.encode("x</s>")]
+
+
 def test_a_text_does_not_show_what_is_text():
     with pytest.raises(ValueError, match="requires `tokenize=True`"):
         CHAT.apply_chat_template(messages("how"), sanitize_control_tokens=True, tokenize=False)

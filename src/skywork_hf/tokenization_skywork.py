@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import copy
 import os
 import re
 import struct
@@ -203,6 +204,10 @@ class SkyworkTokenizer(TokenizersBackend):
                 "with fewer rows, as base models have, gets its rows by `tokenizer.add_chat_tokens(model)`."
             )
         how = (chat_template, add_generation_prompt, continue_final_message, tokenize)
+        if self.split_special_tokens:  # in texts; what a template writes are tokens
+            reader = copy.copy(self)
+            reader.split_special_tokens = False
+            return reader.apply_chat_template(conversation, tools, documents, *how, sanitize_control_tokens, **kwargs)
         if not sanitize_control_tokens:
             return super().apply_chat_template(conversation, tools, documents, *how, **kwargs)
         # The template removes `\r`, and what they divide must not become a token once tokens were looked for.
