@@ -82,6 +82,7 @@ class CommonTests(
     changes: dict[str, Any] = {}
     model_tester = None
     test_can_init_all_missing_weights_before_2023 = True  # it takes files without a year for old ones
+    training_overfit_steps, training_overfit_learning_rate = 100, 5e-3  # theirs: 300, 1e-3; these models are small
 
     def setUp(self) -> None:
         super().setUp()
