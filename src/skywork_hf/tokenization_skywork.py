@@ -77,12 +77,10 @@ class SkyworkTokenizer(TokenizersBackend):
       that is not in the text goes before every stretch of text between tokens.
     * In decoded text one space separates added tokens from the rest (`spaces_between_special_tokens=False`: none).
 
-    Chats: the template writes `</s><s>[USER]question[SEP][BOT]`, with the ids of the original `special_encode`;
-    `[BOT]` belongs to the question, whatever `add_generation_prompt` says. Further turns follow as
-    `answer</s><s>[USER]question[SEP][BOT]`. A system message stands at the start of the first question, on lines of
-    its own. The assistant mask covers each answer and the `</s>` after it. Messages lose white space at both ends and
-    all `\\r`. Special and chat tokens in messages are tokens, as in any text; `sanitize_control_tokens=True` makes
-    text of them.
+    Chats: the template writes `</s><s>[USER]question[SEP][BOT]`, with the ids of the original `special_encode`,
+    whatever `add_generation_prompt` says, then `answer</s><s>[USER]question[SEP][BOT]`. A system message opens the
+    first question, on lines of its own. The assistant mask covers each answer and its `</s>`. Messages lose white
+    space at both ends and all `\\r`. Tokens in them are tokens; `sanitize_control_tokens=True` makes text of them.
 
     Args:
         vocab: the path of `tokenizer.model`, or the pieces and their ids, to go with `merges`.
@@ -352,20 +350,20 @@ def _read_pieces(path: Path) -> list[tuple[str, float, int]]:
     """The pieces of a SentencePiece model, in the order of their ids, with their scores and types."""
     data = path.read_bytes()
     pieces: list[tuple[str, float, int]] = []
-    specs: dict[int, dict[int, Any]] = {}
+    specs: dict[int, dict[int, Any]] = {TRAINER_SPEC: {}, NORMALIZER_SPEC: {}}
     try:
         for number, value in _fields(data):
             if number == PIECES:
                 piece = dict(_fields(value))
                 (score,) = struct.unpack("<f", piece.get(SCORE, bytes(4)))
                 pieces.append((piece[PIECE].decode(), score, piece.get(TYPE, NORMAL)))
-            elif number in (TRAINER_SPEC, NORMALIZER_SPEC):
+            elif number in specs:
                 specs[number] = dict(_fields(value))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, struct.error) as error:
         pointer = data.startswith(b"version https://git-lfs")
         hint = "it is a pointer of Git LFS, so fetch the file itself" if pointer else "it is damaged or something else"
         raise ValueError(f"{path} is not a SentencePiece model: {hint}.") from error
-    trainer, normalizer = (specs.get(number, {}) for number in (TRAINER_SPEC, NORMALIZER_SPEC))
+    trainer, normalizer = specs.values()
     is_bpe = trainer.get(MODEL_TYPE) == BPE_MODEL
     keeps_text = not normalizer.get(PRECOMPILED_CHARSMAP) and not normalizer.get(REMOVE_EXTRA_WHITESPACES, True)
     if not (pieces and is_bpe and keeps_text and normalizer.get(ADD_DUMMY_PREFIX, True)):
