@@ -88,7 +88,7 @@ def test_spoilt_input(whole, tmp_path):
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(4))
 def test_spoilt_input_at_full_size(seed, whole, tmp_path):
-    found = [(words, one) for words, one in cli_fuzz.calls(whole, tmp_path / "work", seed, count=1100) if one.fault]
+    found = [(words, one) for words, one in cli_fuzz.calls(whole, tmp_path / "work", seed, count=800) if one.fault]
     assert not found, cli_fuzz.report(found)
 
 
@@ -97,8 +97,7 @@ def test_what_is_whole_is_read(whole, tmp_path):
     draw = random.Random(0)
     for name in cli_fuzz.READ:
         work = shutil.copytree(whole, tmp_path / name)
-        statuses = [call(cli_fuzz.command(work, name, draw)).status for _ in range(6)]
-        assert 0 in statuses, (name, statuses)
+        assert any(call(cli_fuzz.command(work, name, draw)).status == 0 for _ in range(6)), name
 
 
 # --- JSON
@@ -327,7 +326,7 @@ def test_sizes_that_no_model_has(name, field, value, command, work):
     refused([command, work / name], file, value)
 
 
-@pytest.mark.parametrize("fields", [{"num_hidden_layers": 1024}, {"num_hidden_layers": 128, "num_experts": 256}])
+@pytest.mark.parametrize("fields", [{"num_hidden_layers": 1024}, {"num_hidden_layers": 32, "num_experts": 256}])
 def test_the_largest_models_are_configs(fields):
     config = SkyworkMoeConfig(**fields) if "num_experts" in fields else SkyworkConfig(**fields)
     assert config.num_hidden_layers == fields["num_hidden_layers"]
