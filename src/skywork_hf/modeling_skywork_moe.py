@@ -261,7 +261,12 @@ class SkyworkMoeExperts(nn.ModuleList):
 
 def _device_of(expert: Any) -> torch.device:
     """Where an expert lives; "meta" where accelerate brings its weights when they are needed."""
-    return expert.w1.weight.device
+    # ZeRO-3 gathers a weight that is asked for by its name outside its module, on this process alone.
+    return next(expert.parameters()).device if _has_processes() else expert.w1.weight.device
+
+
+def _has_processes() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _runs_idle(expert: nn.Module) -> bool:
@@ -271,7 +276,7 @@ def _runs_idle(expert: nn.Module) -> bool:
     trains = torch.is_grad_enabled() and _device_of(expert).type != "meta"
     if trains and any(parameter.requires_grad for parameter in expert.parameters()):
         return True
-    return torch.distributed.is_available() and torch.distributed.is_initialized() and is_sharded(expert)
+    return _has_processes() and is_sharded(expert)
 
 
 def is_sharded(module: nn.Module) -> bool:
