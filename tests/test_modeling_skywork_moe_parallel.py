@@ -170,6 +170,7 @@ def test_two_processes_save_the_checkpoint_that_they_loaded(of_two_processes: Pa
 def test_what_does_not_divide_is_refused_by_name(of_two_processes: Path) -> None:
     refused = found_by_two_processes(of_two_processes, 0)["refused"]
     assert "`tp_size`=2 does not divide `num_attention_heads`=3: take one of 1, 3" in refused["num_attention_heads"]
+    assert "`int8_devices` makes int8 of whole FP8 matrices" in refused["int8_devices"]
     assert "`ep_size`=2 does not divide `num_local_experts`=3: take one of 1, 3" in refused["num_local_experts"]
 
 

@@ -72,6 +72,12 @@ def split_by_tensors(case: str, folder: Path) -> None:
 
 def refusals(folder: Path) -> dict[str, str]:
     said = {}
+    try:
+        config = SkyworkFp8Config(int8_devices="all")
+        name, parallel = checkpoint("skywork-moe-tiny-fp8"), DistributedConfig(tp_size=2)
+        AutoModelForCausalLM.from_pretrained(name, quantization_config=config, distributed_config=parallel)
+    except ValueError as error:
+        said["int8_devices"] = str(error)
     for field, sizes in UNEVEN.items():
         try:
             AutoModelForCausalLM.from_pretrained(

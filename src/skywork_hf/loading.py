@@ -98,6 +98,12 @@ class SkyworkLoadingMixin(SkyworkAdaptersMixin):
         """transformers' own, of a model that can be split so; asked before a weight is read."""
         if mesh_manager is not None:
             refuse_uneven_parts(model.config, distributed_config)
+            quantization = getattr(model.config, "quantization_config", None)
+            if distributed_config.tp_size > 1 and getattr(quantization, "int8_devices", None):
+                raise ValueError(
+                    "`int8_devices` makes int8 of whole FP8 matrices, of which tensor parallelism gives a process a "
+                    "part: load with it in one process, `save_pretrained`, and load the int8 checkpoint in parallel."
+                )
             if not SPLITS_UNEVEN_HEADS and model.config.vocab_size % distributed_config.tp_size:
                 model.tp_plan.pop("lm_head", None)  # every process has it whole
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
