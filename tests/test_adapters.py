@@ -11,11 +11,22 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from simulated_device import SimulatedDevices
 from test_placement_dispatch import GPUS, expert_map
-from tiny import LAYOUTS, stir, tiny_dense_config, tiny_moe_config, tokens
+from tiny import LAYOUTS, checkpoint, stir, tiny_dense_config, tiny_moe_config, tokens
 from torch import nn
-from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from skywork_hf import SkyworkForCausalLM, SkyworkFp8Config, SkyworkInt8Config, SkyworkMoeForCausalLM
@@ -672,6 +683,131 @@ def test_what_is_loaded_in_part_on_purpose_is(folder, tmp_path):
     options = {"ignore_mismatched_sizes": True, "is_trainable": True}
     loaded = peft.PeftModel.from_pretrained(load(folder), tmp_path, **options)
     assert adapter_values(loaded).keys() == adapter_values(adapted).keys()
+
+
+# --- embeddings that were resized, one adapter a row
+
+SHAPE = {"num_key_value_heads": 4, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+# Ours, and what they are to behave as.
+FAMILIES = {
+    "dense": lambda size: SkyworkForCausalLM(tiny_dense_config(vocab_size=size)),
+    "llama": lambda size: LlamaForCausalLM(LlamaConfig(**SHAPE, num_attention_heads=4, vocab_size=size)),
+    "moe": lambda size: SkyworkMoeForCausalLM(tiny_moe_config(vocab_size=size)),
+    "mixtral": lambda size: MixtralForCausalLM(
+        MixtralConfig(**SHAPE, num_attention_heads=4, vocab_size=size, num_local_experts=4)
+    ),
+}
+RESIZED = {
+    "whole modules": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "tokens": {"trainable_token_indices": [3, -1]},
+    "adapted": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "untrained": {},
+}
+
+
+@pytest.mark.parametrize("trained", RESIZED)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_of_resized_embeddings_loads_as_everywhere(family, trained, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint("skywork-13b-tiny"))
+    FAMILIES[family](len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.add_tokens(["<one>", "<other>"])
+    size = len(tokenizer)
+    options = {"target_modules": ["q_proj"], **RESIZED[trained]}
+    if "trainable_token_indices" in options:
+        options["trainable_token_indices"] = [3, size - 1]
+
+    def base() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        model.resize_token_embeddings(size)
+        return model
+
+    def fresh() -> Any:
+        torch.manual_seed(2)
+        return peft.get_peft_model(base(), peft.LoraConfig(r=2, task_type="CAUSAL_LM", **options))
+
+    def trainer(steps: int) -> Trainer:
+        arguments = TrainingArguments(
+            output_dir=tmp_path / "run",
+            max_steps=steps,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_steps=1,
+            load_best_model_at_end=True,
+            learning_rate=0.01,
+            report_to=[],
+            use_cpu=True,
+        )
+        return Trainer(fresh(), arguments, train_dataset=rows, eval_dataset=rows[:1])
+
+    adapted = fresh()
+    stir(adapted)
+    adapted.eval().save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    rows = [{"input_ids": ids, "labels": ids} for ids in tokens(2, 5, vocab=size)]
+    ids = tokens(vocab=size)
+    with torch.no_grad():
+        for loaded in (
+            peft.PeftModel.from_pretrained(base(), tmp_path / "adapter"),
+            peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"),
+        ):
+            torch.testing.assert_close(loaded(ids).logits, adapted(ids).logits)
+    if family in ("dense", "moe") and trained == "whole modules":
+        trainer(1).train()
+        resumed = trainer(2)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+        best = Path(str(resumed.state.best_model_checkpoint))
+        values = peft.get_peft_model_state_dict(resumed.model)
+        saved = load_file(best / "adapter_model.safetensors")
+        assert all(torch.equal(value, saved[name]) for name, value in values.items())
+
+
+def batch_of_two(family: str, targets: list[str], layout: str = "modular") -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """A model with two adapters, a batch of three rows, and what base and adapters give for one row each."""
+    model = (
+        FAMILIES[family](67) if layout == "modular" else SkyworkMoeForCausalLM(tiny_moe_config(experts_layout=layout))
+    )
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    adapted.add_adapter("other", config)
+    ids = tokens(3)
+    rows = []
+    with torch.no_grad():
+        for name, row in zip(["default", "other"], ids[1:], strict=True):
+            adapted.set_adapter(name)
+            rows.append(adapted.eval()(row[None]).logits)
+        with adapted.disable_adapter():
+            rows.insert(0, adapted(ids[:1]).logits)
+    return adapted, ids, torch.cat(rows)
+
+
+NAMES = ["__base__", "default", "other"]
+
+
+@pytest.mark.parametrize("family", ["dense", "moe"])
+@torch.no_grad()
+def test_each_row_may_have_its_own_adapter_in_attention(family):
+    adapted, ids, wanted = batch_of_two(family, ["q_proj", "v_proj"])
+    torch.testing.assert_close(adapted(ids, adapter_names=NAMES).logits, wanted)
+
+
+@torch.no_grad()
+def test_no_row_has_its_own_adapter_in_experts():
+    adapted, ids, wanted = batch_of_two("moe", ["q_proj", *EXPERTS])
+    for call in (adapted, lambda ids, **options: adapted.generate(input_ids=ids, max_new_tokens=2, **options)):
+        with pytest.raises(ValueError, match=r"^`model\.layers\.0\.block_sparse_moe\S+w1` has adapters, .* own batch"):
+            call(ids, adapter_names=NAMES)
+        assert not any(module._forward_pre_hooks for module in adapted.get_base_model().model.modules())
+    torch.testing.assert_close(adapted(ids[2:]).logits, wanted[2:])
+
+
+def test_adapters_that_begin_at_a_token_of_each_row_are_refused_in_experts():
+    config = {"r": 2, "task_type": "CAUSAL_LM", "alora_invocation_tokens": [5, 6], "init_lora_weights": False}
+    ids = torch.cat([tokens(2, 4), torch.tensor([[5, 6]] * 2), tokens(2, 4)], dim=1)
+    fine = peft.get_peft_model(FAMILIES["moe"](67), peft.LoraConfig(**config, target_modules=["q_proj"]))
+    fine.train()(input_ids=ids, labels=ids).loss.backward()
+    refused = peft.get_peft_model(FAMILIES["moe"](67), peft.LoraConfig(**config, target_modules=["w1"]))
+    with pytest.raises(ValueError, match=r"w1` has adapters, .*aLoRA"):
+        refused.train()(input_ids=ids, labels=ids)
 
 
 # --- the Trainer
