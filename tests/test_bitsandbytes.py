@@ -271,6 +271,23 @@ def test_a_part_of_a_model_that_has_run_saves_what_was_loaded_and_runs_on(part, 
     assert relative(model(ids).logits, logits) < 0.02
 
 
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "olora"}], ids=str)
+@torch.no_grad()
+def test_adapters_that_begin_with_the_weights_see_the_real_ones_after_an_evaluation(options, dense_folder):
+    """Within the rounding of block scales to bfloat16, after which OLoRA quantises once more."""
+
+    def adapted(evaluated: bool) -> Any:
+        model = load(dense_folder, quantization_config=BitsAndBytesConfig(**CONFIGS["nf4"]))
+        if evaluated:
+            evaluate(model, ids)
+        torch.manual_seed(1)
+        config = peft().LoraConfig(r=2, target_modules=["q_proj", "down_proj"], **options)
+        return peft().get_peft_model(model, config).eval()(ids).logits
+
+    ids = tokens()
+    assert relative(adapted(evaluated=True), adapted(evaluated=False)) < 0.1
+
+
 @pytest.mark.parametrize("dora", [False, True])
 @torch.no_grad()
 def test_adapters_loaded_for_inference_see_the_real_weights_of_4_bit(dora, dense_folder, tmp_path):

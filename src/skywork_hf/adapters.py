@@ -27,13 +27,16 @@ _BY_ROW = {"adapter_names", "alora_offsets"}
 class SkyworkAdaptersMixin(PreTrainedModel):
     """A model that hears of adapters when they are put in, loaded or called."""
 
-    # `quantization.bitsandbytes.keep_unpacked`; set by `registration`, as quantisation stands above the models.
+    # `quantization.bitsandbytes.unpack` and `.keep_unpacked`; set by `registration`, as quantisation stands above.
+    _unpack: ClassVar[Callable[[Any], None]]
     _keep_unpacked: ClassVar[Callable[[Any], None]]
 
     @property
     def peft_config(self) -> dict[str, Any]:
-        """The configs of PEFT's adapters by name, which PEFT sets when they are in the model."""
+        """The configs of PEFT's adapters by name. PEFT asks for them before it puts the first adapter in, which may
+        begin with what it reads in the weights, and sets them afterwards."""
         if "_peft_config" not in self.__dict__:
+            type(self)._unpack(self)
             raise AttributeError("There are no adapters in this model.")
         return self.__dict__["_peft_config"]
 
@@ -131,7 +134,7 @@ def check_adapter(
 def refuse_other_sizes(model: Any, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
     """Raise ValueError where a weight of an adapter has another shape in `state_dict` than in `model`, a module whose
     names have `prefix` there: torch would list all of them, one a line."""
-    adapters = getattr(model, "peft_config", None)
+    adapters = model.__dict__.get("_peft_config")
     if not adapters:
         return
     model.__dict__["_loaded_under"] = prefix

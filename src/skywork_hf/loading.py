@@ -21,10 +21,8 @@ class SkyworkLoadingMixin(SkyworkAdaptersMixin):
     """Device maps down to the expert, and refuses quantised weights that the config does not speak of, which would be
     read without their scales, and checkpoints whose tensors have other names, which would be filled at random."""
 
-    # `placement.dispatch.load_placed`, `quantization.bitsandbytes.unpack` and `.unpack_in_time`. Set by
-    # `registration`, as placement and quantisation stand above the models.
+    # `placement.dispatch.load_placed` and `quantization.bitsandbytes.unpack_in_time`; set as `_unpack` is.
     _load_placed: ClassVar[Callable[..., Any]]
-    _unpack: ClassVar[Callable[[Any], None]]
     _unpack_in_time: ClassVar[Callable[[Any], None]]
 
     @classmethod

@@ -34,7 +34,7 @@ def unpack_in_time(model: nn.Module) -> None:
 
 
 def keep_unpacked(model: nn.Module) -> None:
-    """Pack no weights from now on: DoRA reads them in every forward pass, and adapters in training at any time."""
+    """Pack no weights from now on: adapters read them or are merged into them at any time, without asking."""
     unpack(model)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
