@@ -127,28 +127,11 @@ def test_all_linear_is_attention_and_experts(precision, folder):
     assert adapted_modules(adapted) == linears()
 
 
-IMPORTS = {
-    "peft first": "import peft; import skywork_hf",
-    "skywork_hf first": "import sys; import skywork_hf; assert 'peft' not in sys.modules; import peft",
-    "registered twice": "import skywork_hf; skywork_hf.register(); import peft; skywork_hf.register()",
-}
-DEFAULTS = """
-import json
-from peft.utils import constants
-print(json.dumps({
-    name: {model: value[model] for model in ("llama", "mixtral", "skywork", "skywork_moe") if model in value}
-    for name, value in vars(constants).items() if name.startswith("TRANSFORMERS_MODELS_TO_")
-}))
-"""
-
-
-@pytest.mark.parametrize("order", IMPORTS)
-def test_default_targets_are_those_of_llama_and_mixtral(order):
-    command = [sys.executable, "-c", IMPORTS[order] + DEFAULTS]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+def test_default_targets_are_those_of_llama_and_mixtral():
     mappings = {
         name.removeprefix("TRANSFORMERS_MODELS_TO_").removesuffix("_MAPPING"): targets
-        for name, targets in json.loads(printed.splitlines()[-1]).items()
+        for name, targets in vars(peft.utils.constants).items()
+        if name.startswith("TRANSFORMERS_MODELS_TO_")
     }
     for targets in mappings.values():
         assert targets.get("skywork") == targets.get("llama")
@@ -157,6 +140,46 @@ def test_default_targets_are_those_of_llama_and_mixtral(order):
     assert mappings["VERA_TARGET_MODULES"]["skywork_moe"] == ["q_proj", "v_proj"]
     assert mappings["IA3_TARGET_MODULES"]["skywork_moe"] == ["k_proj", "v_proj", "w2"]
     assert mappings["IA3_FEEDFORWARD_MODULES"]["skywork_moe"] == ["w2"]
+
+
+OTHER_PEFTS = """
+import sys
+import torch
+sys.path[:0] = [sys.argv[1], sys.argv[2]]
+from tiny import tiny_moe_config, tokens
+from skywork_hf import SkyworkMoeForCausalLM
+assert "peft" not in sys.modules
+for constants in ("raise OSError('broken')", "TRANSFORMERS_MODELS_TO_OLD_MODULES_MAPPING = None", None):
+    if constants is None:
+        sys.modules["peft"] = None  # as if it were not there
+    else:
+        with open(sys.argv[1] + "/peft/utils/constants.py", "w") as file:
+            file.write(constants)
+        try:
+            import peft
+        except OSError as error:
+            assert str(error) == "broken"
+    model = SkyworkMoeForCausalLM(tiny_moe_config())
+    model.load_state_dict(model.state_dict())
+    assert model(tokens()).logits.isfinite().all()
+    model.save_pretrained(sys.argv[1] + "/saved")
+    SkyworkMoeForCausalLM.from_pretrained(sys.argv[1] + "/saved")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
+        del sys.modules[name]
+sys.path.remove(sys.argv[1])
+import peft
+assert peft.get_peft_model(model, peft.LoraConfig()).targeted_module_names
+"""
+
+
+def test_a_peft_that_is_broken_old_or_absent_breaks_nothing(tmp_path):
+    """And one that is there afterwards knows our models."""
+    (tmp_path / "peft" / "utils").mkdir(parents=True)
+    (tmp_path / "peft" / "__init__.py").write_text("from .utils import constants")
+    (tmp_path / "peft" / "utils" / "__init__.py").touch()
+    command = [sys.executable, "-B", "-c", OTHER_PEFTS, str(tmp_path), str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("make", [lambda: peft.LoraConfig(task_type="CAUSAL_LM"), lambda: peft.IA3Config()])
