@@ -819,7 +819,8 @@ def test_no_row_has_its_own_adapter_in_experts():
     for call in (adapted, lambda ids, **options: adapted.generate(input_ids=ids, max_new_tokens=2, **options)):
         with pytest.raises(ValueError, match=r"^`model\.layers\.0\.block_sparse_moe\S+w1` has adapters, .* own batch"):
             call(ids, adapter_names=NAMES)
-        assert not any(module._forward_pre_hooks for module in adapted.get_base_model().model.modules())
+        hooked = [module for module in adapted.modules() if module._forward_pre_hooks]
+        assert hooked == [adapted.get_base_model().model.layers[0]]  # which is ours
     torch.testing.assert_close(adapted(ids[2:]).logits, wanted[2:])
 
 

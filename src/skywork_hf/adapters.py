@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -42,8 +43,11 @@ class SkyworkAdaptersMixin(PreTrainedModel):
 
     @peft_config.setter
     def peft_config(self, configs: dict[str, Any]) -> None:
-        if refuse_adapters_by_row not in self._forward_pre_hooks.values():
-            self.register_forward_pre_hook(refuse_adapters_by_row)
+        if "_looks_at_rows" not in self.__dict__:
+            # Not at the model's own call: PEFT 0.20 calls `forward` itself.
+            decoder: Any = self.base_model
+            hook = partial(refuse_adapters_by_row, self)
+            self.__dict__["_looks_at_rows"] = decoder.layers[0].register_forward_pre_hook(hook)
         self.__dict__["_peft_config"] = configs
         type(self)._keep_unpacked(self)
 
@@ -59,7 +63,7 @@ class SkyworkAdaptersMixin(PreTrainedModel):
 
 
 def refuse_adapters_by_row(model: nn.Module, *_: Any) -> None:
-    """Raise ValueError where each row of a batch has its own adapter and experts have any; a hook of `forward`.
+    """Raise ValueError where each row of a batch has its own adapter and experts have any; a hook of the first layer.
 
     PEFT takes the hooks by which it tells the layers off after `forward`, but not after an error: that is done here.
     """
