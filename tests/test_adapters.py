@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -700,7 +701,7 @@ def test_weights_of_modules_that_the_config_leaves_out_are_refused_as_that(loade
 
 
 @torch.no_grad()
-def test_what_is_loaded_in_part_on_purpose_is(folder, tmp_path):
+def test_what_is_loaded_in_part_on_purpose_is(folder, tmp_path, caplog):
     adapted = adapt(load(folder), peft.LoraConfig(r=4, target_modules=["q_proj", "w1"], rank_pattern={"w1": 2}))
     adapted.save_pretrained(tmp_path)
     values = peft.get_peft_model_state_dict(adapted)
@@ -715,8 +716,14 @@ def test_what_is_loaded_in_part_on_purpose_is(folder, tmp_path):
 
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": {}}))
+    with pytest.raises(ValueError, match=r"lacks `\S+w1\.lora_A\S+` .*`is_trainable=True`"):
+        peft.PeftModel.from_pretrained(load(folder), tmp_path, ignore_mismatched_sizes=True)
+    logging.getLogger("skywork_hf").propagate = True
     options = {"ignore_mismatched_sizes": True, "is_trainable": True}
+    caplog.clear()
     loaded = peft.PeftModel.from_pretrained(load(folder), tmp_path, **options)
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "skywork_hf.adapters"]
+    assert "these stay as they were" in warning
     assert adapter_values(loaded).keys() == adapter_values(adapted).keys()
 
 
