@@ -222,7 +222,7 @@ class SkyworkFp8Quantizer(_SkyworkQuantizer):
         super()._process_model_after_weight_loading(model)
         for module in _quantized_linears(model).values():
             if module.weight.is_meta and isinstance(module, SkyworkInt8Linear):
-                module.weight = nn.Parameter(module.weight.to(torch.int8), requires_grad=False)  # as the disk has it
+                module.weight = nn.Parameter(module.codes.to(torch.int8), requires_grad=False)  # as the disk has it
         # What is saved has the names that the model has, whatever the files it came from had.
         model._weight_conversions = []
         if all(isinstance(module, SkyworkInt8Linear) for module in _quantized_linears(model).values()):
