@@ -1,8 +1,10 @@
 # `make demo` and `make test` do all set-up on a fresh machine.
 PYTHON ?= python3
 VENV ?= .venv
+CLIENTS := $(VENV)-clients
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python $(INSTALL)
 # transformers' own tests, of the version that is installed
 SDIST = sdist=$$($(BIN)/python scripts/fetch_transformers_tests.py .cache/transformers-tests) && TRANSFORMERS_SDIST=$$sdist
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
@@ -12,7 +14,7 @@ ON_OLDEST := $(addprefix tests/test_, adapters.py compat.py configuration_skywor
 	modeling_skywork.py modeling_skywork_moe.py placement_dispatch.py quantization.py registration.py \
 	tokenization_skywork.py weights.py) tests/transformers_common
 
-.PHONY: demo test test-oldest soak lint types style check clean installed-dev
+.PHONY: demo test test-oldest test-clients soak lint types style check clean installed-dev installed-clients
 
 demo: $(VENV)/installed
 	$(BIN)/skywork-hf demo
@@ -27,7 +29,13 @@ test-oldest: $(VENV)/installed-dev .cache/transformers-$(OLDEST)
 soak: $(VENV)/installed-dev
 	$(PYTEST) -m soak
 
+# The real programs that load us, in an environment of their own: they bring what changes other tests.
+test-clients: $(CLIENTS)/installed
+	$(CLIENTS)/bin/python -m pytest -n auto --dist worksteal tests/clients
+
 installed-dev: $(VENV)/installed-dev
+
+installed-clients: $(CLIENTS)/installed
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -40,10 +48,10 @@ style: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-check: lint types soak test-oldest test
+check: lint types soak test-oldest test-clients test
 
 clean:
-	rm -rf $(VENV) .cache dist
+	rm -rf $(VENV) $(CLIENTS) .cache dist
 
 .cache/transformers-$(OLDEST): $(VENV)/made
 	$(PIP) --no-deps --target $@ "transformers==$(OLDEST)"
@@ -60,4 +68,9 @@ $(VENV)/installed: $(VENV)/made pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) -e ".[dev]"
+	touch $@
+
+$(CLIENTS)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python $(INSTALL) -e ".[clients]"
 	touch $@
