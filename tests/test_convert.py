@@ -600,6 +600,28 @@ def test_killed_before_changes_of_the_disk_and_resumed_it_ends_byte_equal(stride
     ends_equal()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="each conversion is in a process of its own")
+@pytest.mark.parametrize("rounds", [2, pytest.param(40, marks=pytest.mark.soak)])
+def test_of_two_at_once_one_writes_and_the_other_is_refused(rounds, tmp_path):
+    source = read_source(checkpoint(DENSE))
+    expected = digest(write_checkpoint(source, tmp_path / "whole", max_shard_size="300KB"))
+
+    def convert(start: float) -> None:
+        time.sleep(max(0.0, start - time.monotonic()))
+        try:
+            write_checkpoint(source, tmp_path / "out", max_shard_size="300KB")
+        except ValueError as error:
+            os._exit(9 if "is there already" in str(error) else 1)
+
+    for _ in range(rounds):
+        start = time.monotonic() + 0.2
+        both = [forked(partial(convert, start)) for _ in range(2)]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in both]
+        assert sorted(codes) == [0, 9]
+        assert digest(tmp_path / "out") == expected
+        shutil.rmtree(tmp_path / "out")
+
+
 def test_everything_is_on_the_disk_before_the_result_has_its_name(tmp_path, monkeypatch):
     real, synced = os.fsync, set()
 

@@ -154,22 +154,24 @@ def write_checkpoint(
     if os.path.lexists(destination):
         raise ValueError(f"{destination} is there already: choose another name, or remove it.")
     _refuse_sources_below(unfinished.folder, source)
-    unfinished.begin(resume)
-    _check_space(unfinished, shards)
     try:
+        unfinished.begin(resume)
+        _check_space(unfinished, shards)
         checksums = _write_shards(unfinished, shards)
         beside.write(unfinished.result)
         _write_index(unfinished.result, shards)
         if verify:
             _verify(unfinished, shards)
         _write_manifest(source, unfinished, shards, checksums, to, verify)
+        unfinished.finish()
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise OSError(
                 f"The disk of {unfinished.folder} is full: make room and go on with `resume`, or remove that folder."
             ) from error
         raise
-    unfinished.finish()
+    finally:
+        unfinished.release()
     return destination
 
 

@@ -9,6 +9,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
 from ..untrusted import check_file, parse_json, read_json
 from .writer import part_of, sync, write_text
 
@@ -34,6 +39,7 @@ class Unfinished:
         self.result = self.folder / _RESULT
         self._notes = self.folder / _NOTES
         self._state = self.folder / _FINGERPRINT
+        self._lock: int | None = None
 
     def is_finished(self, verified: bool) -> bool:
         """Whether `DST` is, whole, what an equal conversion has written, and `verified` if that is asked for."""
@@ -47,13 +53,17 @@ class Unfinished:
             return False
 
     def begin(self, resume: bool) -> None:
-        """Make the folder, or keep the whole shards that an equal conversion has left in it.
+        """Make the folder, or keep the whole shards that an equal conversion has left in it. No other conversion may
+        have it until `release`.
 
         Raises:
-            ValueError: something else is there, or what another conversion has left and `resume` asks to go on with.
+            ValueError: something else is there, or what another conversion has left and `resume` asks to go on with,
+                or what another writes at this moment.
             OSError: the folder cannot be made.
         """
         self._refuse_foreign()
+        if self._is_folder():
+            self._take()
         begun = self._read_fingerprint()
         if resume and begun not in (None, self.fingerprint):
             raise ValueError(
@@ -92,12 +102,38 @@ class Unfinished:
     def _make(self) -> None:
         try:
             self.folder.mkdir(parents=True)
+            self._take()
             write_text(self._state, self.fingerprint)
+        except (FileExistsError, FileNotFoundError) as error:
+            raise self._in_use() from error
         except OSError as error:
             raise OSError(
                 f"{self.folder} cannot be made ({error.strerror}): choose a destination in a folder that can be "
                 "written to."
             ) from error
+
+    def _take(self) -> None:
+        """Lock the folder; the lock ends with the process."""
+        self.release()
+        if fcntl is None:
+            return
+        try:
+            self._lock = os.open(self.folder, os.O_RDONLY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, FileNotFoundError) as error:
+            self.release()
+            raise self._in_use() from error
+        except OSError:  # a file system without locks
+            pass
+
+    def release(self) -> None:
+        """Let another conversion have the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _in_use(self) -> ValueError:
+        return ValueError(f"{self.folder} is there already, and another conversion writes it at this moment.")
 
     def write_notes(self, shard: str, notes: Any) -> None:
         """Keep what is to be known of a shard, which is not begun anew once both are there."""
