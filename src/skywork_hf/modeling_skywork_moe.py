@@ -7,6 +7,7 @@ load-balancing loss (eq. 4).
 
 # No `from __future__ import annotations`: transformers' common tests read the types in `forward`'s signature.
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any, Unpack
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -379,11 +381,14 @@ class SkyworkMoePreTrainedModel(SkyworkLoadingMixin, SkyworkLossMixin, MixtralPr
         what it takes for custom code, and merges the experts of the fused layout."""
         return self.config.experts_layout == "modular"
 
-    def _activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, *args: Any) -> None:
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, *args: Any, **kwargs: Any
+    ) -> None:
         """transformers' own; not reentrant unless that is asked for, also where PEFT passes an empty dict: the
         reentrant kind runs layers without gradients, so that what their gates gave has none."""
-        chosen = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
-        super()._activation_checkpointing_enable(chosen, *args)
+        if "use_reentrant" not in getattr(gradient_checkpointing_func, "keywords", {}):
+            gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, *args, **kwargs)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

@@ -104,7 +104,7 @@ class Unfinished:
             self.folder.mkdir(parents=True)
             self._take()
             write_text(self._state, self.fingerprint)
-        except (FileExistsError, FileNotFoundError) as error:
+        except FileExistsError as error:
             raise self._in_use() from error
         except OSError as error:
             raise OSError(
