@@ -368,6 +368,8 @@ def test_running_nothing_says_how():
 
 
 def test_a_command_that_is_no_module_runs():
+    # That of 5.19 wants `requests`, which transformers does not install.
+    pytest.importorskip("transformers.cli.transformers", exc_type=ImportError)
     run = subprocess.run(
         [sys.executable, "-m", "skywork_hf", "-m", "transformers", "--help"],
         capture_output=True,
