@@ -322,9 +322,10 @@ def test_beside_a_finder_that_asks_all_others(library, monkeypatch):
 
     sys.modules["switch_of_the_library"] = sys
     for position in (0, len(sys.meta_path)):
-        monkeypatch.setattr(sys, "meta_path", [*sys.meta_path[:position], Asking(), *sys.meta_path[position:]])
-        sys.modules.pop("library_of_names", None)
-        importlib.import_module("library_of_names")
+        with monkeypatch.context() as patch:  # one at a time: two would ask each other for ever
+            patch.setattr(sys, "meta_path", [*sys.meta_path[:position], Asking(), *sys.meta_path[position:]])
+            sys.modules.pop("library_of_names", None)
+            importlib.import_module("library_of_names")
     assert len(library) == 2
 
 
