@@ -9,20 +9,15 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from .untrusted import printable, sentence
-
-if TYPE_CHECKING:
-    from .placement import PlacementPlan
 
 _PLAN_EXAMPLE = """\
 example:
   skywork-hf plan Skywork/Skywork-MoE-Base-FP8 --gpu 4xrtx4090 --ram 128GiB --quantization gpu=fp8 cpu=int8 \\
       --will-it-help rtx3090 --figure plan.png
 """
-
-
 _CONVERT = """\
 examples:
   skywork-hf convert Skywork-13B-Base skywork-13b-llama --to llama
@@ -42,8 +37,8 @@ example:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. Exits with status 1 and one sentence where the input was wrong."""
     try:
-        arguments = _parser().parse_args(argv)
-        arguments.run(arguments)
+        arguments = vars(_parser().parse_args(argv))
+        arguments.pop("run")(**arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads has seen enough; nor is there anything to flush at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -119,7 +114,8 @@ def _add_upcycle(commands: Any) -> None:
     upcycle.add_argument("--layers", default="every", metavar="every|N", help="every layer (default), or every Nth")
     upcycle.add_argument("--seed", type=int, default=0, help="of the gate and the noise; default: 0")
     upcycle.add_argument("--noise", type=float, default=0.0, help="on the experts, as a share of their deviation")
-    upcycle.add_argument("--no-logits-norm", action="store_true", help="a gate without normalised logits")
+    add = upcycle.add_argument
+    add("--no-logits-norm", dest="moe_use_logits_norm", action="store_false", help="a gate without normalised logits")
     upcycle.set_defaults(run=_upcycle)
 
 
@@ -156,10 +152,11 @@ def _add_plan(commands: Any) -> None:
     several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
     add("--max-memory", **several, metavar="DEVICE=SIZE", help="as accelerate has it: 0=22GiB cpu=96GiB")
     add("--quantization", **several, metavar="NAME", help="fp8, int8, bnb-int8, nf4, bf16; or gpu=fp8 cpu=int8")
-    add("--context", type=int, metavar="TOKENS", help="of a sequence; default: what the model was made for")
-    add("--batch", type=int, default=1, metavar="N", help="sequences at a time; default: 1")
+    context_help = "of a sequence; default: what the model was made for"
+    add("--context", dest="context_tokens", type=int, metavar="TOKENS", help=context_help)
+    add("--batch", dest="batch_size", type=int, default=1, metavar="N", help="sequences at a time; default: 1")
     add("--strategy", default="experts", help="experts (default), or layers")
-    add("--usage", metavar="FILE", help="counts of collect_expert_usage")
+    add("--usage", dest="expert_usage", metavar="FILE", help="counts of collect_expert_usage")
     bandwidth_help = "of a device's memory, as cpu=60; cards bring theirs, and the CPU's is measured here"
     add("--bandwidth", **several, metavar="DEVICE=GB/S", help=bandwidth_help)
     add("--will-it-help", metavar="CARD", help="say what one more card would change")
@@ -167,60 +164,57 @@ def _add_plan(commands: Any) -> None:
     add("--save", metavar="FILE", help="write the plan as JSON")
 
 
-def _demo(arguments: argparse.Namespace) -> None:
+def _demo() -> None:
     from .demo import run  # here, so that `--help` does not wait for torch
 
     run()
 
 
-def _inspect(arguments: argparse.Namespace) -> None:
+def _inspect(path: str) -> None:
     from .checkpoints.inspection import inspect_checkpoint
 
-    report = inspect_checkpoint(arguments.path)
+    report = inspect_checkpoint(path)
     _say(report)
     if not report.is_whole:
         sys.exit(1)
 
 
-def _plan(arguments: argparse.Namespace) -> None:
-    plan = _planned(arguments, _bandwidth(arguments.bandwidth))
-    _say(plan)
-    if arguments.will_it_help:
-        _say(f"\n{plan.will_it_help(arguments.will_it_help)}")
-    if arguments.save:
-        plan.save(arguments.save)
-    if arguments.figure:
-        plan.draw(arguments.figure)
-
-
-def _planned(arguments: argparse.Namespace, bandwidth: dict[Any, float]) -> PlacementPlan:
-    """The plan, with the bandwidth of this machine's CPU where the plan needs one and none was given."""
+def _plan(
+    model: str,
+    gpu: list[str],
+    ram: str | None,
+    max_memory: list[str],
+    quantization: list[str],
+    bandwidth: list[str],
+    will_it_help: str | None,
+    figure: str | None,
+    save: str | None,
+    **options: Any,
+) -> None:
     from .placement import measured_bandwidth, plan_device_map
 
-    plan = plan_device_map(
-        arguments.model,
-        _max_memory(arguments),
-        _quantization(arguments.quantization),
-        context_tokens=arguments.context,
-        batch_size=arguments.batch,
-        strategy=arguments.strategy,
-        expert_usage=arguments.usage,
-        bandwidth=bandwidth,
-    )
-    if "cpu" in bandwidth or not plan.bytes_read_per_token.get("cpu"):
-        return plan
-    measured = measured_bandwidth() / 1e9
-    print(f"cpu: {measured:.0f} GB/s, measured here\n")
-    return _planned(arguments, {**bandwidth, "cpu": measured})
+    speeds = _bandwidth(bandwidth)
+    budgets = _max_memory(gpu, ram, max_memory)
+    plan = plan_device_map(model, budgets, _quantization(quantization), bandwidth=speeds, **options)
+    if "cpu" not in speeds and plan.bytes_read_per_token.get("cpu"):
+        speeds["cpu"] = measured_bandwidth() / 1e9
+        print(f"cpu: {speeds['cpu']:.0f} GB/s, measured here\n")
+        plan = plan_device_map(model, budgets, _quantization(quantization), bandwidth=speeds, **options)
+    _say(plan)
+    if will_it_help:
+        _say(f"\n{plan.will_it_help(will_it_help)}")
+    if save:
+        plan.save(save)
+    if figure:
+        plan.draw(figure)
 
 
-def _max_memory(arguments: argparse.Namespace) -> dict[Any, str] | None:
+def _max_memory(gpu: list[str], ram: str | None, max_memory: list[str]) -> dict[Any, str] | None:
     """The budgets of `plan_device_map`; None where none was given, for the devices of this machine."""
-    cards = [card for text in arguments.gpu for card in _cards(text)]
-    memory: dict[Any, str] = dict(enumerate(cards))
-    if arguments.ram:
-        memory["cpu"] = arguments.ram
-    others = _pairs("--max-memory", arguments.max_memory)
+    memory: dict[Any, str] = dict(enumerate(card for text in gpu for card in _cards(text)))
+    if ram:
+        memory["cpu"] = ram
+    others = _pairs("--max-memory", max_memory)
     if twice := memory.keys() & others.keys():
         raise ValueError(f"--max-memory names {sorted(map(str, twice))}, which --gpu or --ram give: say it once.")
     return memory | others or None
@@ -265,46 +259,30 @@ def _pairs(option: str, texts: list[str]) -> dict[Any, str]:
     return pairs
 
 
-def _written(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("source", "destination", "config", "max_shard_size", "resume", "verify")
-    return {name: getattr(arguments, name) for name in names}
-
-
-def _convert(arguments: argparse.Namespace) -> None:
+def _convert(**options: Any) -> None:
     from .checkpoints.convert import convert_checkpoint
 
-    names = ("to", "dtype", "quantization", "adapter")
-    done = convert_checkpoint(**_written(arguments), **{name: getattr(arguments, name) for name in names})
-    _say(f"Wrote {done}.")
+    _say(f"Wrote {convert_checkpoint(**options)}.")
 
 
-def _quantize(arguments: argparse.Namespace) -> None:
+def _quantize(**options: Any) -> None:
     from .checkpoints.convert import quantize_checkpoint
 
-    _say(f"Wrote {quantize_checkpoint(**_written(arguments), method=arguments.method)}.")
+    _say(f"Wrote {quantize_checkpoint(**options)}.")
 
 
-def _upcycle(arguments: argparse.Namespace) -> None:
+def _upcycle(layers: str, **options: Any) -> None:
     from .checkpoints.convert import upcycle_checkpoint
 
-    if arguments.layers != "every" and not arguments.layers.isdecimal():
-        raise ValueError(f"--layers {arguments.layers}: expected every, or a number N for every Nth layer.")
-    done = upcycle_checkpoint(
-        **_written(arguments),
-        experts=arguments.experts,
-        top_k=arguments.top_k,
-        interval=1 if arguments.layers == "every" else int(arguments.layers),
-        seed=arguments.seed,
-        noise=arguments.noise,
-        moe_use_logits_norm=not arguments.no_logits_norm,
-    )
-    _say(f"Wrote {done}.")
+    if layers != "every" and not layers.isdecimal():
+        raise ValueError(f"--layers {layers}: expected every, or a number N for every Nth layer.")
+    _say(f"Wrote {upcycle_checkpoint(interval=1 if layers == 'every' else int(layers), **options)}.")
 
 
-def _verify(arguments: argparse.Namespace) -> None:
+def _verify(first: str, second: str) -> None:
     from .checkpoints.comparison import compare_checkpoints
 
-    comparison = compare_checkpoints(arguments.first, arguments.second)
+    comparison = compare_checkpoints(first, second)
     _say(comparison)
     if not comparison.is_equal:
         sys.exit(1)

@@ -12,7 +12,6 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from .untrusted import check_file, parse_json
 
@@ -279,20 +278,6 @@ def _kind(value: torch.Tensor) -> str:
     if value.is_meta:
         return "without values, on the meta device"
     return "stored as fewer values than it has" if value.untyped_storage().nbytes() < value.nbytes else ""
-
-
-def read_tensors(tensors: list[StoredTensor]) -> dict[str, torch.Tensor]:
-    """The values of these tensors, by name, on the CPU; memory-mapped where the file allows it."""
-    values: dict[str, torch.Tensor] = {}
-    for file in dict.fromkeys(tensor.file for tensor in tensors):
-        names = [tensor.name for tensor in tensors if tensor.file == file]
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as opened:
-                values |= {name: opened.get_tensor(name) for name in names}
-        else:
-            content = open_pickle(file)
-            values |= {name: content[name] for name in names}
-    return values
 
 
 def refuse_undeclared_quantization(stored: dict[str, StoredTensor]) -> None:

@@ -30,6 +30,9 @@ from .unfinished import MANIFEST, Unfinished
 from .writer import bytes_of, finish_shard, split_into_shards, write_shard, write_text
 
 TARGETS = (HUB, TRAINING, LLAMA)
+# The recipes of each file, by its name; and for each recipe the checksums of its products.
+Shards = dict[str, list[Recipe]]
+Checksums = list[list[str]]
 # Beside the weights there are an index, a config and the tokenizer.
 _SPARE_BYTES = 2**26
 
@@ -175,9 +178,9 @@ def write_checkpoint(
     return destination
 
 
-def _fingerprint(source: Source, beside: Beside, shards: list[list[Recipe]], to: str) -> str:
+def _fingerprint(source: Source, beside: Beside, shards: Shards, to: str) -> str:
     """What an interrupted conversion must have in common with the one that goes on with it."""
-    products = [[(p.name, str(p.dtype), p.shape) for r in shard for p in r.products] for shard in shards]
+    products = [[(p.name, str(p.dtype), p.shape) for r in shard for p in r.products] for shard in shards.values()]
     files = (*_source_files(source), *beside.sources)
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     content = json.dumps([to, products, stats, source.config.to_json_string(), source.changes])
@@ -195,13 +198,12 @@ def _refuse_sources_below(folder: Path, source: Source) -> None:
             raise ValueError(f"{path} lies in {folder}, which the result is written into: choose another destination.")
 
 
-def _check_space(unfinished: Unfinished, shards: list[list[Recipe]]) -> None:
+def _check_space(unfinished: Unfinished, shards: Shards) -> None:
     to_write = sum(
-        product.nbytes
-        for number, recipes in enumerate(shards, start=1)
-        if _checksums(unfinished, shard_name(number, len(shards)), recipes) is None
+        recipe.nbytes
+        for name, recipes in shards.items()
+        if _checksums(unfinished, name, recipes) is None
         for recipe in recipes
-        for product in recipe.products
     )
     free = shutil.disk_usage(unfinished.folder).free
     if to_write + _SPARE_BYTES > free:
@@ -213,32 +215,34 @@ def _check_space(unfinished: Unfinished, shards: list[list[Recipe]]) -> None:
         )
 
 
-def _write_shards(unfinished: Unfinished, shards: list[list[Recipe]]) -> list[list[list[str]]]:
+def _progress(shards: Shards, what: str) -> Any:
+    total = sum(recipe.nbytes for recipes in shards.values() for recipe in recipes)
+    return tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=what)
+
+
+def _write_shards(unfinished: Unfinished, shards: Shards) -> dict[str, Checksums]:
     """Write those that are not there yet. Returns what `write_shard` does, for each."""
-    total = sum(product.nbytes for shard in shards for recipe in shard for product in recipe.products)
-    reader, checksums = Reader(), []
-    bar = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="Writing")
+    reader, checksums = Reader(), {}
     # One shard goes to the disk while the next is being made.
-    with bar, ThreadPoolExecutor(max_workers=1) as finisher:
+    with _progress(shards, "Writing") as bar, ThreadPoolExecutor(max_workers=1) as finisher:
         finishing: Future[None] | None = None
-        for number, recipes in enumerate(shards, start=1):
-            name = shard_name(number, len(shards))
+        for name, recipes in shards.items():
             written = _checksums(unfinished, name, recipes)
             if written is not None:
-                bar.update(sum(product.nbytes for recipe in recipes for product in recipe.products))
-                checksums.append(written)
+                bar.update(sum(recipe.nbytes for recipe in recipes))
+                checksums[name] = written
                 continue
-            checksums.append(write_shard(unfinished.result / name, recipes, reader, bar.update))
+            checksums[name] = write_shard(unfinished.result / name, recipes, reader, bar.update)
             if finishing is not None:
                 finishing.result()
-            unfinished.write_notes(name, checksums[-1])
+            unfinished.write_notes(name, checksums[name])
             finishing = finisher.submit(finish_shard, unfinished.result / name)
         if finishing is not None:
             finishing.result()
     return checksums
 
 
-def _checksums(unfinished: Unfinished, shard: str, recipes: list[Recipe]) -> list[list[str]] | None:
+def _checksums(unfinished: Unfinished, shard: str, recipes: list[Recipe]) -> Checksums | None:
     """What `write_shard` has returned for a whole shard; None where it is still to be written, or nobody knows."""
     notes = unfinished.read_notes(shard)
     try:
@@ -248,14 +252,7 @@ def _checksums(unfinished: Unfinished, shard: str, recipes: list[Recipe]) -> lis
     return notes if fits else None
 
 
-def shard_name(number: int, count: int) -> str:
-    """As transformers calls it."""
-    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-
-
-def _manifest_entries(
-    source: Path, shards: list[list[Recipe]], checksums: list[list[list[str]]]
-) -> list[dict[str, Any]]:
+def _manifest_entries(source: Path, shards: Shards, checksums: dict[str, Checksums]) -> list[dict[str, Any]]:
     """For each recipe what it was made of, and what became of it."""
     return [
         {
@@ -263,7 +260,7 @@ def _manifest_entries(
             "products": [
                 {
                     "name": product.name,
-                    "file": shard_name(number, len(shards)),
+                    "file": name,
                     "dtype": str(product.dtype).removeprefix("torch."),
                     "shape": list(product.shape),
                     "crc32": checksum,
@@ -271,8 +268,8 @@ def _manifest_entries(
                 for product, checksum in zip(recipe.products, of_recipe, strict=True)
             ],
         }
-        for number, (recipes, of_shard) in enumerate(zip(shards, checksums, strict=True), start=1)
-        for recipe, of_recipe in zip(recipes, of_shard, strict=True)
+        for name, recipes in shards.items()
+        for recipe, of_recipe in zip(recipes, checksums[name], strict=True)
     ]
 
 
@@ -283,27 +280,20 @@ def _manifest_source(folder: Path, tensor: StoredTensor) -> dict[str, str]:
     return {"file": file.as_posix(), "name": tensor.name}
 
 
-def _write_index(folder: Path, shards: list[list[Recipe]]) -> None:
+def _write_index(folder: Path, shards: Shards) -> None:
     if len(shards) == 1:
         return
-    files = {
-        product: shard_name(number, len(shards))
-        for number, recipes in enumerate(shards, start=1)
-        for recipe in recipes
-        for product in recipe.products
-    }
-    index = {
-        "metadata": {"total_size": sum(product.nbytes for product in files)},
-        "weight_map": {product.name: files[product] for product in sorted(files, key=lambda product: product.name)},
-    }
+    files = {p.name: name for name, recipes in shards.items() for recipe in recipes for p in recipe.products}
+    size = sum(recipe.nbytes for recipes in shards.values() for recipe in recipes)
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
     write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
 def _write_manifest(
     source: Source,
     unfinished: Unfinished,
-    shards: list[list[Recipe]],
-    checksums: list[list[list[str]]],
+    shards: Shards,
+    checksums: dict[str, Checksums],
     to: str,
     verified: bool,
 ) -> None:
@@ -319,17 +309,15 @@ def _write_manifest(
     write_text(unfinished.result / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
-def _verify(unfinished: Unfinished, shards: list[list[Recipe]]) -> None:
+def _verify(unfinished: Unfinished, shards: Shards) -> None:
     """Read every tensor of the result by safetensors, make it from the source once more, and compare.
 
     Raises:
         ValueError: some differ. Their files are dropped, so that `resume` writes them again.
     """
     reader, wrong = Reader(), []
-    total = sum(product.nbytes for shard in shards for recipe in shard for product in recipe.products)
-    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="Verifying") as bar:
-        for number, recipes in enumerate(shards, start=1):
-            name = shard_name(number, len(shards))
+    with _progress(shards, "Verifying") as bar:
+        for name, recipes in shards.items():
             for recipe in recipes:
                 expected = recipe.values(reader.read(recipe.sources))
                 for product, value in zip(recipe.products, expected, strict=True):

@@ -48,6 +48,10 @@ class Recipe:
     sources: tuple[StoredTensor, ...]
     make: Make | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return sum(product.nbytes for product in self.products)
+
     def values(self, sources: list[torch.Tensor]) -> list[torch.Tensor]:
         return sources if self.make is None else self.make(sources)
 

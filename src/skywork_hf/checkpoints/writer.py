@@ -42,18 +42,19 @@ def bytes_of(max_shard_size: str | int) -> int:
     return int(size)
 
 
-def split_into_shards(recipes: Iterable[Recipe], max_bytes: int) -> list[list[Recipe]]:
-    """Recipes in order, as many in each shard as fit; at least one."""
+def split_into_shards(recipes: Iterable[Recipe], max_bytes: int) -> dict[str, list[Recipe]]:
+    """Recipes in order, as many in each shard as fit; at least one; by their files' names, as transformers has them."""
     shards: list[list[Recipe]] = [[]]
     size = 0
     for recipe in recipes:
-        added = sum(product.nbytes for product in recipe.products)
-        if shards[-1] and size + added > max_bytes:
+        if shards[-1] and size + recipe.nbytes > max_bytes:
             shards.append([])
             size = 0
         shards[-1].append(recipe)
-        size += added
-    return shards
+        size += recipe.nbytes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": shard for n, shard in enumerate(shards, start=1)}
 
 
 def write_shard(file: Path, recipes: list[Recipe], reader: Reader, progress: Callable[[int], Any]) -> list[list[str]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..headers import PLAIN_DTYPES, StoredTensor, read_tensors, refuse_undeclared_quantization
+from ..checkpoints.readers import Reader
+from ..headers import PLAIN_DTYPES, StoredTensor, refuse_undeclared_quantization
 from .kernels import FP8
 
 # Skywork-MoE-Base-FP8's name, and that of newer files of the same format.
@@ -73,9 +74,9 @@ def check_scales(scales: list[StoredTensor]) -> None:
     Raises:
         ValueError: one is not a finite number above 0.
     """
-    values = read_tensors(scales)
+    reader = Reader()
     for scale in scales:
-        value = values[scale.name]
+        (value,) = reader.read([scale])
         bad = value[~((value > 0) & value.isfinite())]
         if bad.numel():
             raise ValueError(f"{scale} holds {bad[0].item()}: expected finite numbers above 0. The file is damaged.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,10 +68,9 @@ class _SkyworkQuantizer(HfQuantizer):
         linears = linears_to_quantize(model, self.quantization_config.modules_to_not_convert)
         if stored:
             checks.check_scales(self._check(stored, list(linears)))
-        make = self._module_maker(device_map, stored)
         for name, linear in linears.items():
             with torch.device("meta"):
-                quantized = make(name, linear)
+                quantized = self._module(name, linear, stored, device_map)
             # What is missing was refused above, so transformers need not initialise it, which it cannot do for int8.
             quantized._is_hf_initialized = True  # type: ignore[assignment]
             quantized.path = name
@@ -95,10 +93,10 @@ class _SkyworkQuantizer(HfQuantizer):
         """The same for the linear of that name in a quantised checkpoint."""
 
     @abstractmethod
-    def _module_maker(
-        self, device_map: Any, stored: dict[str, StoredTensor]
-    ) -> Callable[[str, nn.Linear], SkyworkQuantizedLinear]:
-        """A function that makes the quantised linear, still empty, for the linear of that name."""
+    def _module(
+        self, name: str, linear: nn.Linear, stored: dict[str, StoredTensor], device_map: Any
+    ) -> SkyworkQuantizedLinear:
+        """The quantised linear, still empty, for the linear of that name."""
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for module in _quantized_linears(model).values():
@@ -135,17 +133,8 @@ class SkyworkInt8Quantizer(_SkyworkQuantizer):
     def _check_quantized(self, stored: dict[str, StoredTensor], name: str) -> list[StoredTensor]:
         return checks.check_int8(stored, name)
 
-    def _module_maker(
-        self, device_map: Any, stored: dict[str, StoredTensor]
-    ) -> Callable[[str, nn.Linear], SkyworkQuantizedLinear]:
-        quantize_activations = self.quantization_config.quantize_activations is not False
-
-        def make(name: str, linear: nn.Linear) -> SkyworkInt8Linear:
-            return SkyworkInt8Linear(
-                linear.in_features, linear.out_features, linear.bias is not None, quantize_activations
-            )
-
-        return make
+    def _module(self, name: str, linear: nn.Linear, *args: Any) -> SkyworkQuantizedLinear:
+        return SkyworkInt8Linear(*_sizes(linear), self.quantization_config.quantize_activations is not False)
 
 
 class SkyworkFp8Quantizer(_SkyworkQuantizer):
@@ -192,22 +181,18 @@ class SkyworkFp8Quantizer(_SkyworkQuantizer):
     def _check_quantized(self, stored: dict[str, StoredTensor], name: str) -> list[StoredTensor]:
         return checks.check_fp8(stored, name, static=self.scheme == "static")
 
-    def _module_maker(
-        self, device_map: Any, stored: dict[str, StoredTensor]
-    ) -> Callable[[str, nn.Linear], SkyworkQuantizedLinear]:
-        becomes_int8 = _int8_rule(self.quantization_config.int8_devices, device_map)
+    def _module(
+        self, name: str, linear: nn.Linear, stored: dict[str, StoredTensor], device_map: Any
+    ) -> SkyworkQuantizedLinear:
+        if _becomes_int8(name, self.quantization_config.int8_devices, device_map):
+            return SkyworkInt8Linear(*_sizes(linear))
 
-        def scale_shape(*names: str) -> tuple[int, ...]:
+        def scale_shape(*spellings: str) -> tuple[int, ...]:
+            names = (f"{name}.{spelling}" for spelling in spellings)
             return next((stored[name].shape for name in names if name in stored), ())
 
-        def make(name: str, linear: nn.Linear) -> SkyworkQuantizedLinear:
-            sizes = linear.in_features, linear.out_features, linear.bias is not None
-            if becomes_int8(name):
-                return SkyworkInt8Linear(*sizes)
-            inputs = scale_shape(*(f"{name}.{spelling}" for spelling in checks.INPUT_SCALE_NAMES))
-            return SkyworkFp8Linear(*sizes, self.scheme, (scale_shape(f"{name}.weight_scale"), inputs))
-
-        return make
+        shapes = scale_shape("weight_scale"), scale_shape(*checks.INPUT_SCALE_NAMES)
+        return SkyworkFp8Linear(*_sizes(linear), self.scheme, shapes)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         if not self.pre_quantized:
@@ -263,8 +248,7 @@ class _Quantize(ConversionOps):
 
     def convert(self, input_dict: dict[str, Any], *patterns: Any, model: Any = None, **kwargs: Any) -> dict[str, Any]:
         converted: dict[str, Any] = {}
-        for name, value in input_dict.items():
-            weight = value[0] if isinstance(value, list) else value
+        for name, weight in _one_each(input_dict).items():
             path = name.rpartition(".")[0]
             converted |= _quantized(model.get_submodule(path), path, weight)
         return converted
@@ -276,12 +260,16 @@ class _Fp8ToInt8(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], *patterns: Any, full_layer_name: str = "", model: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
-        tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        tensors = _one_each(input_dict)
         module = model.get_submodule(full_layer_name.rpartition(".")[0])
         if not isinstance(module, SkyworkInt8Linear):
             return {name: tensor for name, tensor in tensors.items() if getattr(module, name, None) is not None}
         weight, scale = kernels.quantize_int8(tensors["weight"], tensors["weight_scale"])
         return {"weight": weight, "weight_scale": scale}
+
+
+def _one_each(collected: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: value[0] if isinstance(value, list) else value for name, value in collected.items()}
 
 
 def _quantized(module: SkyworkQuantizedLinear, path: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -315,20 +303,23 @@ def _put_together(part: Any) -> torch.Tensor:
     return as_bytes.full_tensor().view(part.dtype).cpu()
 
 
-def _int8_rule(int8_devices: Any, device_map: Any) -> Callable[[str], bool]:
-    """Whether the module of a name becomes int8."""
+def _sizes(linear: nn.Linear) -> tuple[int, int, bool]:
+    return linear.in_features, linear.out_features, linear.bias is not None
+
+
+def _becomes_int8(name: str, int8_devices: Any, device_map: Any) -> bool:
+    """Whether the module of that name does."""
     if int8_devices is None or int8_devices == ALL:
-        return lambda name: int8_devices == ALL
+        return bool(int8_devices == ALL)
     if isinstance(device_map, str):
         raise ValueError(
             f"`int8_devices`={int8_devices!r} has to know where each module will live, and device_map={device_map!r} "
             'is only worked out later: give the device map as a dict, or take int8_devices="all".'
         )
-    places = device_map or {"": "cpu"}
+    device = _torch_device(get_device(device_map or {"": "cpu"}, f"{name}.weight"))
     if int8_devices == WITHOUT_FP8:
-        return lambda name: not kernels.has_fp8_unit(_torch_device(get_device(places, f"{name}.weight")))
-    wanted = {_torch_device(device) for device in int8_devices}
-    return lambda name: _torch_device(get_device(places, f"{name}.weight")) in wanted
+        return not kernels.has_fp8_unit(device)
+    return device in map(_torch_device, int8_devices)
 
 
 def _torch_device(device: Any) -> torch.device:
