@@ -77,6 +77,11 @@ _BITSANDBYTES_4 = _Storage(
     (("weight.absmax",), ("weight.quant_map",), _QUANT_STATES),
     ("weight.nested_absmax", "weight.nested_quant_map"),
 )
+_METHODS = {
+    **dict.fromkeys((_FP8, _STATIC_FP8), "FP8 (e4m3), one scale for each weight"),
+    _INT8: "int8, one scale for each row of a weight",
+    _BITSANDBYTES_8: "bitsandbytes LLM.int8(), one scale for each row of a weight",
+}
 
 
 @dataclass(frozen=True)
@@ -466,11 +471,8 @@ def activations_text(quantization: dict[str, Any]) -> tuple[str, str] | None:
     """How weights are stored, and what becomes of activations, as a `quantization_config` says; None where it is of
     a method that is not known here, or of one that leaves activations as they are."""
     declared = _declared_storage(quantization)
-    if declared is _INT8:
-        return declared.name, _int8_activations(quantization)
-    if declared is _BITSANDBYTES_8:
-        return declared.name, _bitsandbytes_activations(quantization)
-    return (declared.name, _fp8_activations(quantization)) if declared in (_FP8, _STATIC_FP8) else None
+    activations = _activations(quantization, declared)
+    return (declared.name, activations) if declared and activations else None
 
 
 def is_static(quantization: dict[str, Any]) -> bool:
@@ -481,7 +483,8 @@ def is_static(quantization: dict[str, Any]) -> bool:
 def _declared_storage(quantization: dict[str, Any]) -> _Storage | None:
     method = quantization.get("quant_method")
     if method in ("fp8", FP8_METHOD) and not quantization.get("weight_block_size"):
-        return _STATIC_FP8 if _is_static(quantization) else _FP8
+        static = quantization.get("activation_scheme") == "static" and not quantization.get("weight_only")
+        return _STATIC_FP8 if static else _FP8
     if method == INT8_METHOD:
         return _INT8
     # Older bitsandbytes files may not name the method.
@@ -492,37 +495,26 @@ def _declared_storage(quantization: dict[str, Any]) -> _Storage | None:
     return None
 
 
-def _is_static(quantization: dict[str, Any]) -> bool:
-    return quantization.get("activation_scheme") == "static" and not quantization.get("weight_only")
-
-
 def _method_text(quantization: dict[str, Any], declared: _Storage | None) -> str:
     if declared is None:
         return f"config.json names `{quantization.get('quant_method')}`, in a form that this command does not know."
-    if declared is _INT8:
-        return f"int8, one scale for each row of a weight; {_int8_activations(quantization)}."
-    if declared is _BITSANDBYTES_8:
-        activations = _bitsandbytes_activations(quantization)
-        return f"bitsandbytes LLM.int8(), one scale for each row of a weight; {activations}."
     if declared is _BITSANDBYTES_4:
         kind = quantization.get("bnb_4bit_quant_type", "fp4")
         nested = " with quantised scales" if quantization.get("bnb_4bit_use_double_quant") else ""
         return f"bitsandbytes 4-bit ({kind}{nested}), weight-only."
-    return f"FP8 (e4m3), one scale for each weight; {_fp8_activations(quantization)}."
+    return f"{_METHODS[declared]}; {_activations(quantization, declared)}."
 
 
-def _int8_activations(quantization: dict[str, Any]) -> str:
-    if quantization.get("quantize_activations") is False:
-        return "weight-only"
-    return "activations are quantised where that is faster"
-
-
-def _bitsandbytes_activations(quantization: dict[str, Any]) -> str:
-    return f"activations are quantised too, but for outliers above {quantization.get('llm_int8_threshold', 6.0)}"
-
-
-def _fp8_activations(quantization: dict[str, Any]) -> str:
+def _activations(quantization: dict[str, Any], declared: _Storage | None) -> str | None:
+    """See `activations_text`."""
     scheme = quantization.get("activation_scheme")
+    if declared is _INT8:
+        weight_only = quantization.get("quantize_activations") is False
+        return "weight-only" if weight_only else "activations are quantised where that is faster"
+    if declared is _BITSANDBYTES_8:
+        return f"activations are quantised too, but for outliers above {quantization.get('llm_int8_threshold', 6.0)}"
+    if declared not in (_FP8, _STATIC_FP8):
+        return None
     if quantization.get("weight_only") or scheme == "none":
         return "weight-only"
     if scheme == "static":

@@ -71,11 +71,20 @@ _LAYER_NAMES = {
     _ROUTER: ("mlp.router.weight",),
 }
 _EXPERT_NAMES = {_FC1: ("linear_fc1.weight",), _FC2: ("linear_fc2.weight",)}
-_PART_OF = {name: part for part, names in _MODEL_NAMES.items() for name in names}
-_LAYER_PART_OF = {name: part for part, names in _LAYER_NAMES.items() for name in names}
-_EXPERT_PART_OF = {name: part for part, names in _EXPERT_NAMES.items() for name in names}
-_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
-_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
+# Beginnings of the names above, and what can be told by the names with them; "*" is a number.
+_PART_OF = {
+    f"{beginning}{name}": part
+    for beginnings, names_of_parts in (
+        (("",), _MODEL_NAMES),
+        (_DECODERS, {_FINAL_NORM: _FINAL_NORM_NAMES}),
+        ([f"{decoder}layers.*." for decoder in _DECODERS], _LAYER_NAMES),
+        ([f"{decoder}layers.*.mlp.experts.local_experts.*." for decoder in _DECODERS], _EXPERT_NAMES),
+    )
+    for part, names in names_of_parts.items()
+    for name in names
+    for beginning in beginnings
+}
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _IGNORED = re.compile(r"_extra_state$|rotary_pos_emb\.|rotary_emb\.|inv_freq$")
 
 # Arguments that leave no trace in the tensors, and what they may be; where one is a list, what its members may be.
@@ -354,24 +363,8 @@ def _spelled(names: dict[str, tuple[str, ...]]) -> str:
 
 def _key_of(tensor: StoredTensor) -> _Key | None:
     name = tensor.name.removeprefix("model/").replace("/", ".")
-    if name in _PART_OF:
-        return _Key(_PART_OF[name])
-    decoder = next((prefix for prefix in _DECODERS if name.startswith(prefix)), None)
-    return None if decoder is None else _decoder_key(name.removeprefix(decoder))
-
-
-def _decoder_key(name: str) -> _Key | None:
-    if name in _FINAL_NORM_NAMES:
-        return _Key(_FINAL_NORM)
-    layer = _LAYER.fullmatch(name)
-    if layer is None:
-        return None
-    expert = _EXPERT.fullmatch(layer[2])
-    if expert:
-        part = _EXPERT_PART_OF.get(expert[2])
-        return _Key(part, int(layer[1]), int(expert[1])) if part else None
-    part = _LAYER_PART_OF.get(layer[2])
-    return _Key(part, int(layer[1])) if part else None
+    part = _PART_OF.get(_NUMBER.sub("*", name))
+    return None if part is None else _Key(part, *map(int, _NUMBER.findall(name)))
 
 
 # --- ranks that fit each other
@@ -648,14 +641,10 @@ def _key_text(key: _Key) -> str:
     return key.part + (layer if key.expert is None else f" of expert {key.expert}{layer}")
 
 
-def _head_dim(config: SkyworkConfig | SkyworkMoeConfig) -> int:
-    return config.head_dim or config.hidden_size // config.num_attention_heads
-
-
-def _slice_shapes(config: SkyworkConfig | SkyworkMoeConfig, first: _Rank) -> dict[str, tuple[int, ...]]:
+def _slice_shapes(config: Any, first: _Rank) -> dict[str, tuple[int, ...]]:
     """What one tensor-parallel rank holds of each part of a layer."""
     ranks, hidden, width = first.sizes.tensor, config.hidden_size, config.intermediate_size
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     for field, number in (("num_key_value_heads", kv_heads), ("intermediate_size", width)):
         if number % ranks:
             raise ValueError(
@@ -663,8 +652,8 @@ def _slice_shapes(config: SkyworkConfig | SkyworkMoeConfig, first: _Rank) -> dic
                 f"{number}: take the config.json of this model."
             )
     return {
-        _QKV: ((heads + 2 * kv_heads) * _head_dim(config) // ranks, hidden),
-        _ATTENTION_OUTPUT: (hidden, heads * _head_dim(config) // ranks),
+        _QKV: ((heads + 2 * kv_heads) * head_dim // ranks, hidden),
+        _ATTENTION_OUTPUT: (hidden, heads * head_dim // ranks),
         _FC1: (2 * width // ranks, hidden),
         _FC2: (hidden, width // ranks),
         _ROUTER: (getattr(config, "num_local_experts", 0), hidden),
@@ -689,11 +678,9 @@ def _check_slices(
         )
 
 
-def _recipe(
-    part: str, products: tuple[Product, ...], slices: _Slices, config: SkyworkConfig | SkyworkMoeConfig
-) -> Recipe:
+def _recipe(part: str, products: tuple[Product, ...], slices: _Slices, config: Any) -> Recipe:
     makes: dict[str, Make | None] = {
-        _QKV: partial(_split_qkv, config.num_key_value_heads or config.num_attention_heads, _head_dim(config)),
+        _QKV: partial(_split_qkv, config.num_key_value_heads, config.head_dim),
         _FC1: _split_gate_up,
         _FC2: _join_columns,
         _ATTENTION_OUTPUT: _join_columns,

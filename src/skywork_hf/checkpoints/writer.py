@@ -43,7 +43,7 @@ def bytes_of(max_shard_size: str | int) -> int:
 
 
 def split_into_shards(recipes: Iterable[Recipe], max_bytes: int) -> dict[str, list[Recipe]]:
-    """Recipes in order, as many in each shard as fit; at least one; by their files' names, as transformers has them."""
+    """Recipes in order, as many in each shard as fit; at least one, named as transformers names the files."""
     shards: list[list[Recipe]] = [[]]
     size = 0
     for recipe in recipes:
