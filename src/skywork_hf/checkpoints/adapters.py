@@ -20,7 +20,7 @@ from ..untrusted import read_json
 from .inspection import TOKENIZER_FILES
 from .layouts import empty_model
 from .readers import Reader
-from .recipes import Product, Recipe, Source, unchanged
+from .recipes import Product, Recipe, Source
 from .transforms import Rounded, refuse_quantized
 
 _CONFIG = "adapter_config.json"
@@ -256,37 +256,24 @@ def _weights(folder: Path) -> Path:
 def _merged(
     recipe: Recipe, adapted: dict[str, list[StoredTensor]], replaced: dict[str, StoredTensor], config: Any
 ) -> Recipe:
-    whole = _replaced(recipe, [replaced.get(product.name) for product in recipe.products])
+    whole = [replaced.get(product.name) for product in recipe.products]
     tensors = [tensor for product in recipe.products for tensor in adapted.get(product.name, [])]
-    exact = _with_adapter(whole, tensors, adapted, config) if tensors else whole
-    pairs = zip(exact.products, recipe.products, strict=True)
-    products = tuple(replace(product, dtype=before.dtype) for product, before in pairs)
-    if exact.products == products:
-        return exact
-    return Recipe(products, exact.sources, Rounded(exact, products))
-
-
-def _with_adapter(
-    recipe: Recipe, tensors: list[StoredTensor], adapted: dict[str, list[StoredTensor]], config: Any
-) -> Recipe:
-    """In float32 where the adapter changes a product: rounding comes once, at the end."""
-    products = tuple(
-        replace(product, dtype=torch.float32) if product.name in adapted else product for product in recipe.products
-    )
-    return Recipe(products, (*recipe.sources, *tensors), partial(_make_merged, recipe, tensors, config))
-
-
-def _replaced(recipe: Recipe, whole: list[StoredTensor | None]) -> Recipe:
-    """With the tensors that the adapter holds whole, if any, in place of those products."""
-    if not any(whole):
+    if not any(whole) and not tensors:
         return recipe
     pairs = list(zip(recipe.products, whole, strict=True))
-    products = tuple(_replacement(product, tensor) if tensor else product for product, tensor in pairs)
-    tensors = tuple(tensor for tensor in whole if tensor)
-    if len(pairs) == 1:
-        return unchanged(tensors[0], products[0].name)
-    kept = () if all(whole) else recipe.sources
-    return Recipe(products, (*kept, *tensors), partial(_make_replaced, recipe, [tensor is None for tensor in whole]))
+    exact = [_replacement(product, tensor) if tensor else product for product, tensor in pairs]
+    # In float32 where the adapter changes a product: rounding comes once, at the end.
+    exact = [replace(product, dtype=torch.float32) if product.name in adapted else product for product in exact]
+    sources = (*(() if all(whole) else recipe.sources), *filter(None, whole), *tensors)
+    is_copy = len(sources) == 1 and all(whole)
+    make = (
+        None if is_copy else partial(_make_merged, recipe, [tensor is not None for tensor in whole], tensors, config)
+    )
+    made = Recipe(tuple(exact), sources, make)
+    products = tuple(
+        replace(product, dtype=before.dtype) for product, before in zip(exact, recipe.products, strict=True)
+    )
+    return made if made.products == products else Recipe(products, sources, Rounded(made, products))
 
 
 def _replacement(product: Product, tensor: StoredTensor) -> Product:
@@ -297,20 +284,17 @@ def _replacement(product: Product, tensor: StoredTensor) -> Product:
     return replace(product, dtype=tensor.dtype, shape=tensor.shape)
 
 
-def _make_replaced(recipe: Recipe, stays: list[bool], sources: list[torch.Tensor]) -> list[torch.Tensor]:
-    count = len(recipe.sources) if any(stays) else 0
-    made = recipe.values(sources[:count]) if count else []
-    tensors = iter(sources[count:])
-    return [made[place] if is_kept else next(tensors) for place, is_kept in enumerate(stays)]
-
-
 def _make_merged(
-    recipe: Recipe, tensors: list[StoredTensor], config: Any, sources: list[torch.Tensor]
+    recipe: Recipe, is_whole: list[bool], tensors: list[StoredTensor], config: Any, sources: list[torch.Tensor]
 ) -> list[torch.Tensor]:
-    count = len(recipe.sources)
-    state = {tensor.name: value for tensor, value in zip(tensors, sources[count:], strict=True)}
+    """`sources` are those of `recipe`, unless all its products are replaced, what replaces them, and `tensors`."""
+    count = 0 if all(is_whole) else len(recipe.sources)
+    made = [] if all(is_whole) else recipe.values(sources[:count])
+    others = iter(sources[count:])
+    values = [next(others) if replaces else made[place] for place, replaces in enumerate(is_whole)]
+    state = {tensor.name: value for tensor, value in zip(tensors, others, strict=True)}
     merged = []
-    for product, value in zip(recipe.products, recipe.values(sources[:count]), strict=True):
+    for product, value in zip(recipe.products, values, strict=True):
         path = product.name.removesuffix(".weight")
         own = {name: tensor for name, tensor in state.items() if name.startswith(f"{_PREFIX}{path}.")}
         merged.append(_merge(path, value.float(), own, config) if own else value)
