@@ -422,6 +422,10 @@ def test_every_form_of_quantization(config, quantization, methods):
         ({"stream_from_rows": -1}, "`stream_from_rows`=-1"),
         ({"dtype": "nope"}, "`dtype`='nope'"),
         ({"quantization": {"quant_method": "gptq", "bits": 4}}, "`quant_method`='gptq' cannot be planned"),
+        (
+            {"quantization": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}},
+            r"`quant_method`='fp8' cannot be planned; expected one of fp8 \(not in blocks\)",
+        ),
         ({"max_memory": {0: "8GiB", "cuda:0": "8GiB"}}, "names a device twice"),
         ({"max_memory": {0: float("inf")}}, "`max_memory` of 0 is inf"),
         ({"max_memory": {0: "-5GiB"}}, "`max_memory` of 0 is '-5GiB'"),

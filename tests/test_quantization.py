@@ -307,21 +307,21 @@ def test_fp8_that_became_int8_is_read_from_the_offload_folder(tmp_path):
 
 
 def test_a_rule_by_device_reads_the_device_map(monkeypatch):
-    from skywork_hf.quantization.quantizers import _int8_rule
+    from skywork_hf.quantization.quantizers import _becomes_int8
 
     places = {"model.layers.0": 0, "model.layers.1": 1, "model.layers.1.block_sparse_moe.experts.3": "cpu"}
     expert = "model.layers.1.block_sparse_moe.experts.{}.w1"
     names = ["model.layers.0.self_attn.q_proj", expert.format(0), expert.format(3)]
-    assert [_int8_rule(["cpu"], places)(name) for name in names] == [False, False, True]
-    assert [_int8_rule([1, "cpu"], places)(name) for name in names] == [False, True, True]
+    assert [_becomes_int8(name, ["cpu"], places) for name in names] == [False, False, True]
+    assert [_becomes_int8(name, [1, "cpu"], places) for name in names] == [False, True, True]
     monkeypatch.setattr(kernels, "has_fp8_unit", lambda device: device == torch.device("cuda:0"))
-    assert [_int8_rule("without_fp8", places)(name) for name in names] == [False, True, True]
+    assert [_becomes_int8(name, "without_fp8", places) for name in names] == [False, True, True]
 
 
 def test_a_mixture_is_not_saved(tmp_path, monkeypatch, caplog):
     logging.getLogger("transformers").propagate = True
     logging.getLogger("skywork_hf").propagate = True
-    monkeypatch.setattr("skywork_hf.quantization.quantizers._int8_rule", lambda *_: lambda name: ".layers.0." in name)
+    monkeypatch.setattr("skywork_hf.quantization.quantizers._becomes_int8", lambda name, *_: ".layers.0." in name)
     model = load(checkpoint(FP8), quantization_config=SkyworkFp8Config(int8_devices=["cpu"]))
     assert {type(layer) for layer in quantised(model).values()} == {SkyworkFp8Linear, SkyworkInt8Linear}
     exact = expected(FP8, "logits_weight_only")

@@ -9,7 +9,7 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 from ..configuration_skywork import FP8_METHOD
-from ..quantization.config import ALL, INT8_METHOD, WITHOUT_FP8, SkyworkFp8Config, SkyworkInt8Config
+from ..quantization.config import ALL, INT8_METHOD, WITHOUT_FP8, SkyworkFp8Config, SkyworkInt8Config, as_config
 from ..untrusted import naming
 from .hardware import CPU, DISK, Device, device_key
 
@@ -90,20 +90,17 @@ def _by_key(quantization: Any) -> Any:
 
 
 def _as_object(quantization: Any) -> Any:
+    quantization = as_config(quantization)
     if not isinstance(quantization, dict):
         return quantization
-    if "quant_method" not in quantization and (quantization.get("load_in_8bit") or quantization.get("load_in_4bit")):
-        return BitsAndBytesConfig.from_dict(quantization)  # older files do not name the method
     method = quantization.get("quant_method")
-    classes: dict[Any, Any] = {
-        "fp8": SkyworkFp8Config,
-        FP8_METHOD: SkyworkFp8Config,
-        INT8_METHOD: SkyworkInt8Config,
-        "bitsandbytes": BitsAndBytesConfig,
-    }
-    if method not in classes:
-        raise ValueError(f"`quant_method`={method!r} cannot be planned; expected one of {', '.join(classes)}.")
-    return classes[method].from_dict(quantization)
+    is_old = method is None and (quantization.get("load_in_8bit") or quantization.get("load_in_4bit"))
+    if is_old or method == "bitsandbytes":  # whose older files do not name the method
+        return BitsAndBytesConfig.from_dict(quantization)
+    raise ValueError(
+        f"`quant_method`={method!r} cannot be planned; expected one of fp8 (not in blocks), {FP8_METHOD}, "
+        f"{INT8_METHOD}, bitsandbytes."
+    )
 
 
 def _from_names(quantization: Any, devices: list[Device], saved: Any) -> Any:
