@@ -167,6 +167,15 @@ def test_the_end_of_a_text_that_is_padding_too_is_still_learnt():
     torch.testing.assert_close(model(input_ids=ids, attention_mask=mask, labels=labels).loss, wanted)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_arguments_given_twice_or_beyond_its_own_are_refused_as_by_any_function(family):
+    model, ids = FAMILIES[family](), tokens()
+    for args, kwargs in (((ids,), {"input_ids": ids}), ((ids, *[None] * 20), {})):
+        for labels in ({}, {"labels": ids}):
+            with pytest.raises(TypeError):
+                model(*args, **kwargs, **labels)
+
+
 @pytest.mark.parametrize(("family", "waits"), [("dense", 0), ("modular", 2)])
 def test_the_host_waits_for_no_warning(family, waits):
     with SimulatedDevices() as simulated:

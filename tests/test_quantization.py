@@ -260,6 +260,14 @@ def test_fused_experts_are_not_left_in_16_bit(bf16_folder, tmp_path):
     assert len(quantised(model)) == 2 * (4 + 4 * 3)
 
 
+@torch.no_grad()
+def test_a_decoded_token_wraps_no_codes_and_asks_no_idle_expert(bf16_folder, monkeypatch):
+    model = load(bf16_folder, quantization_config=SkyworkInt8Config())
+    monkeypatch.setattr("skywork_hf.quantization.linear._as_codes", lambda *_: pytest.fail("wrapped"))
+    monkeypatch.setattr("skywork_hf.modeling_skywork_moe._runs_idle", lambda *_: pytest.fail("asked"))
+    model(tokens(1, 1))
+
+
 # --- FP8 to int8
 
 

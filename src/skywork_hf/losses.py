@@ -33,14 +33,15 @@ class SkyworkLossMixin(PreTrainedModel):
 def learns_in_context(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The `forward` of a causal model that leaves out targets with nothing before them: a row's first token behind
     padding, and a text's first token behind another text, where `position_ids` begin anew in packed rows."""
-    names = list(inspect.signature(forward).parameters)[1:]
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    names = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
 
     @wraps(forward)
     def with_targets_in_context(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kwargs |= zip(names, args, strict=False)
-        if kwargs.get("labels") is not None:
-            kwargs |= _targets_in_context(**kwargs)
-        return forward(self, **kwargs)
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if given.get("labels") is None or len(given) < len(args) + len(kwargs):
+            return forward(self, *args, **kwargs)  # which refuses what is given twice, or beyond its arguments
+        return forward(self, **given | _targets_in_context(**given))
 
     return with_targets_in_context
 

@@ -237,7 +237,12 @@ class SkyworkMoeExperts(nn.ModuleList):
     def _outputs(self, rows: torch.Tensor, rows_on_cpu: torch.Tensor, bounds: list[int]) -> list[torch.Tensor]:
         """Each expert's outputs on its rows, on the device of `rows`. Other devices are given their work before the
         CPU begins its own, so that all compute at the same time."""
-        runs = [(n, slice(*run)) for n, run in enumerate(pairwise(bounds)) if run[0] < run[1] or _runs_idle(self[n])]
+        may_idle = torch.is_grad_enabled() or _has_processes()  # asked once, as a decoded token skips most experts
+        runs = [
+            (number, slice(*run))
+            for number, run in enumerate(pairwise(bounds))
+            if run[0] < run[1] or (may_idle and _runs_idle(self[number]))
+        ]
         if self.before_run is not None:
             self.before_run([self[number] for number, run in runs if run.start < run.stop])
         outputs: dict[int, torch.Tensor] = {}
@@ -263,8 +268,9 @@ class SkyworkMoeExperts(nn.ModuleList):
 
 def _device_of(expert: Any) -> torch.device:
     """Where an expert lives; "meta" where accelerate brings its weights when they are needed."""
-    # ZeRO-3 gathers a weight that is asked for by its name outside its module, on this process alone.
-    return next(expert.parameters()).device if _has_processes() else expert.w1.weight.device
+    # Not as `w1.weight`: ZeRO-3 gathers what is asked for so, on this process alone, and quantised layers wrap it.
+    weight = expert.w1._parameters.get("weight")
+    return (next(expert.parameters()) if weight is None else weight).device  # None: below an adapter
 
 
 def _has_processes() -> bool:
