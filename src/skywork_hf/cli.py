@@ -8,7 +8,7 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from .untrusted import printable, sentence
@@ -74,41 +74,51 @@ def _say(text: Any) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="skywork-hf", description="Skywork models as ordinary transformers models.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    demo = commands.add_parser("demo", help="load a bundled tiny Skywork-MoE, compare it with the reference, generate")
-    demo.set_defaults(run=_demo)
-    inspect = commands.add_parser("inspect", help="say what a checkpoint is and whether it is whole; reads no weights")
+    _command(commands, "demo", _demo, "load a bundled tiny Skywork-MoE, compare it with the reference, generate")
+    inspect = _command(
+        commands, "inspect", _inspect, "say what a checkpoint is and whether it is whole; reads no weights"
+    )
     inspect.add_argument("path", metavar="PATH", help="a folder with config.json and weight files")
-    inspect.set_defaults(run=_inspect)
     _add_plan(commands)
     _add_convert(commands)
     _add_quantize(commands)
     _add_upcycle(commands)
-    verify = commands.add_parser("verify", help="compare two checkpoints across layouts and dtypes")
+    verify = _command(commands, "verify", _verify, "compare two checkpoints across layouts and dtypes")
     verify.add_argument("first", metavar="A", help="a folder in any layout that convert reads")
     verify.add_argument("second", metavar="B", help="another")
-    verify.set_defaults(run=_verify)
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[..., None], help_: str, example: str = "", description: str | None = None
+) -> argparse.ArgumentParser:
+    """A command that calls `run` with its arguments, by their names."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=help_, description=description, epilog=example, formatter_class=raw
+    )
+    parser.set_defaults(run=run)
     return parser
 
 
 def _add_convert(commands: Any) -> None:
-    convert = _writing_command(
-        commands, "convert", _CONVERT, "write a checkpoint in another layout, dtype or sharding"
-    )
+    what = "write a checkpoint in another layout, dtype or sharding"
+    convert = _writing_command(commands, "convert", _convert, what, _CONVERT)
     convert.add_argument("--to", default="hub", help="hub (default), training, or llama (dense models)")
     convert.add_argument("--dtype", help="of all tensors: bfloat16, float16, float32")
     convert.add_argument("--quantization", help="int8, fp8 or fp8-weight-only")
     convert.add_argument("--adapter", metavar="FOLDER", help="a PEFT adapter to merge")
-    convert.set_defaults(run=_convert)
 
 
 def _add_quantize(commands: Any) -> None:
-    quantize = _writing_command(commands, "quantize", _QUANTIZE, "write a checkpoint with one byte a weight")
+    quantize = _writing_command(
+        commands, "quantize", _quantize, "write a checkpoint with one byte a weight", _QUANTIZE
+    )
     quantize.add_argument("--method", default="int8", help="int8 (default), fp8 or fp8-weight-only")
-    quantize.set_defaults(run=_quantize)
 
 
 def _add_upcycle(commands: Any) -> None:
-    upcycle = _writing_command(commands, "upcycle", _UPCYCLE, "write a MoE checkpoint from a dense one")
+    upcycle = _writing_command(commands, "upcycle", _upcycle, "write a MoE checkpoint from a dense one", _UPCYCLE)
     upcycle.add_argument("--experts", type=int, default=16, help="in each MoE layer; default: 16")
     upcycle.add_argument("--top-k", type=int, default=2, help="experts chosen for each token; default: 2")
     upcycle.add_argument("--layers", default="every", metavar="every|N", help="every layer (default), or every Nth")
@@ -116,14 +126,11 @@ def _add_upcycle(commands: Any) -> None:
     upcycle.add_argument("--noise", type=float, default=0.0, help="on the experts, as a share of their deviation")
     add = upcycle.add_argument
     add("--no-logits-norm", dest="moe_use_logits_norm", action="store_false", help="a gate without normalised logits")
-    upcycle.set_defaults(run=_upcycle)
 
 
-def _writing_command(commands: Any, name: str, example: str, help_: str) -> argparse.ArgumentParser:
-    """A command that reads a checkpoint and writes another."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=help_, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _writing_command(*command: Any) -> argparse.ArgumentParser:
+    """A command that reads a checkpoint and writes another; see `_command`."""
+    parser = _command(*command)
     parser.add_argument("source", metavar="SRC", help="a folder: Hub layout, training layout or Megatron-LM")
     parser.add_argument("destination", metavar="DST", help="the folder to write; it must not be there yet")
     parser.add_argument("--config", metavar="FILE", help="config.json for a Megatron checkpoint that lacks one")
@@ -136,14 +143,14 @@ def _writing_command(commands: Any, name: str, example: str, help_: str) -> argp
 
 
 def _add_plan(commands: Any) -> None:
-    plan = commands.add_parser(
+    plan = _command(
+        commands,
         "plan",
-        help="say which expert goes where, on these devices or on others; reads no weights",
-        description="Say which expert goes where. Without --gpu, --ram and --max-memory: on this machine's devices.",
-        epilog=_PLAN_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _plan,
+        "say which expert goes where, on these devices or on others; reads no weights",
+        _PLAN_EXAMPLE,
+        "Say which expert goes where. Without --gpu, --ram and --max-memory: on this machine's devices.",
     )
-    plan.set_defaults(run=_plan)
     add = plan.add_argument
     add("model", metavar="MODEL", help="a folder with config.json, or a name on the Hub")
     gpu_help = "N GPUs by size (8x24GiB) or name (8xrtx4090; an unknown name lists those that are known); repeatable"

@@ -110,16 +110,7 @@ def _safetensors_header(file: Path) -> list[StoredTensor]:
             f"{file} has {size:,} bytes and its header speaks of {end:,}: it is cut off or damaged; download or write "
             "it again."
         )
-    tensors = [
-        StoredTensor(
-            file,
-            _check_name(file, name),
-            _dtype(file, name, entry),
-            _shape(file, name, entry),
-            8 + length + places[name][0],
-        )
-        for name, entry in header.items()
-    ]
+    tensors = [_tensor(file, name, entry, 8 + length + places[name][0]) for name, entry in header.items()]
     _check_offsets(tensors, header)
     return tensors
 
@@ -136,10 +127,9 @@ def _is_size(number: Any) -> bool:
     return type(number) is int and 0 <= number < 2**63
 
 
-def _check_name(file: Path, name: str) -> str:
+def _check_name(file: Path, name: str) -> None:
     if not name.isprintable():
         raise ValueError(f"{file} holds a tensor called {name!r}: expected a name that can be printed.")
-    return name
 
 
 def _check_offsets(tensors: list[StoredTensor], header: dict[str, Any]) -> None:
@@ -159,24 +149,20 @@ def _check_offsets(tensors: list[StoredTensor], header: dict[str, Any]) -> None:
         begin += tensor.nbytes
 
 
-def _dtype(file: Path, name: str, entry: dict[str, Any]) -> torch.dtype:
-    try:
-        return SAFETENSORS_DTYPES[str(entry.get("dtype"))]
-    except KeyError:
+def _tensor(file: Path, name: str, entry: dict[str, Any], offset: int) -> StoredTensor:
+    _check_name(file, name)
+    dtype, shape = SAFETENSORS_DTYPES.get(str(entry.get("dtype"))), entry.get("shape")
+    if dtype is None:
         raise ValueError(
             f"`{name}` in {file} is stored as {entry.get('dtype')}, which torch cannot hold; expected one of "
             f"{', '.join(SAFETENSORS_DTYPES)}."
-        ) from None
-
-
-def _shape(file: Path, name: str, entry: dict[str, Any]) -> tuple[int, ...]:
-    shape = entry.get("shape")
+        )
     if not isinstance(shape, list) or len(shape) > _MOST_DIMENSIONS or not all(map(_is_size, shape)):
         raise ValueError(
             f"`{name}` in {file} has the `shape` {shape!r}: expected a list of sizes; download or write the file "
             "again."
         )
-    return tuple(shape)
+    return StoredTensor(file, name, dtype, tuple(shape), offset)
 
 
 def open_pickle(file: Path) -> Any:

@@ -79,15 +79,12 @@ class SkyworkLoadingMixin(SkyworkAdaptersMixin):
         if getattr(self.config, "experts_layout", None) == "fused":
             return super().get_correct_experts_implementation(requested_experts)
         if requested_experts not in (None, "eager"):
-            way_out = 'load with experts_layout="fused", or leave it away'
+            has_experts = hasattr(self.config, "experts_layout")
+            other = 'load with experts_layout="fused", or leave it away'
             raise ValueError(
                 f"`experts_implementation`={requested_experts!r} needs experts in 3-D parameters, which "
                 f"{type(self).__name__} does not have here: "
-                + (
-                    f"{way_out}."
-                    if hasattr(self.config, "experts_layout")
-                    else "leave it away, as it is a dense model."
-                )
+                f"{other if has_experts else 'leave it away, as it is a dense model'}."
             )
         return "eager"
 

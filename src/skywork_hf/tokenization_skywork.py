@@ -127,9 +127,8 @@ class SkyworkTokenizer(TokenizersBackend):
         pad_token = unk_token if pad_token is None else pad_token
         super().__init__(unk_token=unk_token, bos_token=bos_token, eos_token=eos_token, pad_token=pad_token, **kwargs)
         added = {token.content: token for token in self.added_tokens_decoder.values()}
-        self.add_tokens(
-            [added.get(name, name) for name in CHAT_TOKENS if self._tokenizer.token_to_id(name) is not None]
-        )
+        known = [name for name in CHAT_TOKENS if self._tokenizer.token_to_id(name) is not None]
+        self.add_tokens([added.get(name, name) for name in known])
         if ready_made:
             self._read_post_processor(given=kwargs)
         self._check_ids(kwargs.get("added_tokens_decoder") or {})
@@ -286,9 +285,8 @@ def _decoded(pieces: list[str]) -> str:
 
 def _tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
     """No pre-tokenizer: the Metaspace one, which Llama has, adds no space to a text that begins with one."""
-    tokenizer = Tokenizer(
-        BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback="<0x00>" in vocab)
-    )
+    bpe = BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback="<0x00>" in vocab)
+    tokenizer = Tokenizer(bpe)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", left=1)]

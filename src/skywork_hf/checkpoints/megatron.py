@@ -153,6 +153,8 @@ _NEEDED = {
     "max_position_embeddings": ("max_position_embeddings", "seq_length"),
     "vocab_size": ("vocab_size",),
 }
+# Those that tensors show.
+_SHAPED = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
 
 
 class _Key(NamedTuple):
@@ -463,8 +465,11 @@ def _check_arguments(rank: _Rank) -> None:
             )
 
 
-def _key_value_heads(args: dict[str, Any]) -> int | None:
-    return args.get("num_query_groups" if args.get("group_query_attention") else "num_attention_heads")
+def _needed(args: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """`_NEEDED`, and what else these arguments have to say."""
+    of_experts = {"num_experts_per_tok": ("moe_router_topk",)} if args.get("num_experts") else {}
+    heads = "num_query_groups" if args.get("group_query_attention") else "num_attention_heads"
+    return {**_NEEDED, "num_key_value_heads": (heads,), **of_experts}
 
 
 def _checked_config(config: SkyworkConfig | SkyworkMoeConfig, rank: _Rank) -> SkyworkConfig | SkyworkMoeConfig:
@@ -491,14 +496,8 @@ def _agree(field: str, given: Any, said: Any) -> bool:
 
 def _traceless_fields(args: dict[str, Any]) -> dict[str, Any]:
     """Of the fields that no shape tells, those that the arguments say."""
-    fields = {
-        "num_attention_heads": args.get("num_attention_heads"),
-        "num_key_value_heads": _key_value_heads(args),
-        "hidden_act": "silu" if args.get("swiglu") else None,
-        "rms_norm_eps": _first(args, _NEEDED["rms_norm_eps"]),
-        "max_position_embeddings": _first(args, _NEEDED["max_position_embeddings"]),
-        "num_experts_per_tok": args.get("moe_router_topk") if args.get("num_experts") else None,
-    }
+    fields = {field: _first(args, names) for field, names in _needed(args).items() if field not in _SHAPED}
+    fields["hidden_act"] = "silu" if args.get("swiglu") else None
     if "untie_embeddings_and_output_weights" in args:
         fields["tie_word_embeddings"] = not args["untie_embeddings_and_output_weights"]
     if "rotary_base" in args or "rotary_seq_len_interpolation_factor" in args:
@@ -516,13 +515,9 @@ def _first(args: dict[str, Any], names: tuple[str, ...]) -> Any:
 
 def _config_of_arguments(rank: _Rank, shards: _Shards) -> SkyworkConfig | SkyworkMoeConfig:
     args = _arguments(rank)
-    needed = dict(_NEEDED)
-    if args.get("num_experts"):
-        needed["num_experts_per_tok"] = ("moe_router_topk",)
-    if args.get("group_query_attention"):
-        needed["num_key_value_heads"] = ("num_query_groups",)
+    needed = _needed(args)
     raw = {field: _first(args, names) for field, names in needed.items()}
-    if lacking := [" or ".join(names) for field, names in needed.items() if raw[field] is None]:
+    if lacking := dict.fromkeys(" or ".join(names) for field, names in needed.items() if raw[field] is None):
         raise ValueError(
             f"The arguments in {rank.file} lack {', '.join(lacking)}: put a config.json of the model that says it "
             "beside the folders, or pass it as --config."

@@ -86,9 +86,7 @@ def placement_report(model: Any, plan: PlacementPlan | None = None, lenient: boo
         logger.warning(problem)
     if report.problems and not lenient:
         raise ValueError(
-            f"{len(report.problems)} things are not as planned: "
-            + " ".join(report.problems[:5])
-            + " Ask for the whole "
+            f"{len(report.problems)} things are not as planned: {' '.join(report.problems[:5])} Ask for the whole "
             "report with placement_report(model, lenient=True), or load with lenient_placement=True to go on."
         )
     return report
