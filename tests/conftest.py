@@ -6,12 +6,10 @@ import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the Hub; one that tries fails at once
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run beside each other, one process a core; so do the programs they start
 
 import pytest
 import torch
-
-# Tests run beside each other, one process a core.
-torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
