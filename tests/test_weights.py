@@ -269,6 +269,10 @@ def test_what_a_checkpoint_may_lack(tmp_path):
     ):
         _, info = cls.from_pretrained(tmp_path / folder, output_loading_info=True)
         assert info["missing_keys"] == missing
+    file = tmp_path / "tied" / "model.safetensors"
+    embeddings = tensors_of(file.parent)["model.embed_tokens.weight"]
+    edit(lambda state: state.update({"lm_head.weight": state.pop("model.embed_tokens.weight")}))(file)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(file.parent).model.embed_tokens.weight, embeddings)
     options = {"intermediate_size": 40, "ignore_mismatched_sizes": True, "output_loading_info": True}
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "tied", **options)
     assert len(info["mismatched_keys"]) == 6

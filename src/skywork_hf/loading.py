@@ -142,6 +142,7 @@ def refuse_other_names(model: Any, loaded: Any, files: list[str]) -> None:
     body = getattr(model, model.base_model_prefix, model)
     prefix = "" if body is model else f"{model.base_model_prefix}."
     missing = set(loaded.missing_keys) - {name for name, *_ in loaded.mismatched_keys}
+    missing -= {source for tied, source in model.all_tied_weights_keys.items() if tied not in missing}
     kinds: dict[str, list[str]] = {}
     for name, _ in body.named_parameters():
         if name.endswith(("weight", "_proj")):  # scales are the quantisers' to check
