@@ -490,6 +490,7 @@ def test_codes_are_looked_at_moved_and_saved_but_not_computed_with(folder):
         lambda: weight.data.copy_(plain),
         lambda: nn.functional.linear(torch.ones(1, 64), weight),
         lambda: setattr(weight, "data", plain.float()),
+        lambda: copy.deepcopy(weight),
     ]
     for compute in computing:
         with pytest.raises(
@@ -501,6 +502,16 @@ def test_codes_are_looked_at_moved_and_saved_but_not_computed_with(folder):
         nn.Parameter
     }
     assert type(copy.deepcopy(layer).state_dict()["weight"]) is torch.Tensor
+
+
+def test_a_quantised_weight_that_is_to_be_trained_is_refused(folder):
+    """int8 by torch itself; FP8 counts as a float, and would get no gradient."""
+    config = peft.LoraConfig(target_modules=["v_proj"], modules_to_save=["q_proj"])
+    adapted = peft.get_peft_model(load(folder, "fp8"), config)
+    with pytest.raises(ValueError, match=r"^`model.layers.0.self_attn.q_proj.weight` is quantised, and would stay"):
+        adapted(tokens())
+    with torch.no_grad():
+        adapted(tokens())
 
 
 def test_adapters_of_a_quantised_base_are_weighted_as_those_of_a_plain_one(folder):

@@ -14,7 +14,7 @@ from . import kernels
 # What may be done with codes: to look at their form, to move and compare them. Everything else computes, or begins to:
 # a merge of PEFT with `safe_merge=True` clones first.
 _HARMLESS = re.compile(
-    r"__(deepcopy|format|get|getitem|hash|len|repr)__|is_\w+|(empty|ones|zeros)_like|requires_grad_?|contiguous|cpu|cuda|"
+    r"__(format|get|getitem|hash|len|repr)__|is_\w+|(empty|ones|zeros)_like|requires_grad_?|contiguous|cpu|cuda|"
     r"data_ptr|detach|dim|element_size|equal|get_device|nelement|numel|pin_memory|reshape|size|storage_offset|stride|t|to|"
     r"transpose|untyped_storage|view"
 )
@@ -111,7 +111,16 @@ class SkyworkQuantizedLinear(nn.Linear):
         raise NotImplementedError
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] to [..., out_features], same dtype; under autocast its dtype, as of any linear."""
+        """[..., in_features] to [..., out_features], same dtype; under autocast its dtype, as of any linear.
+
+        Raises:
+            ValueError: the weight, which gets no gradient, is to be trained, as PEFT's `modules_to_save` has it.
+        """
+        if self.codes.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"`{self.path}.weight` is quantised, and would stay as it is however long it is trained: leave it out "
+                "of `modules_to_save` and of `requires_grad_`, or load the model in 16 bit."
+            )
         device = input.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):  # kernels choose what each of their matmuls runs in
