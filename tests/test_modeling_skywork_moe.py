@@ -267,6 +267,14 @@ def test_a_block_mask_hides_padding_from_itself_and_in_packed_rows_there_is_none
 
 
 @layouts
+@pytest.mark.parametrize("gradients", [False, True])
+def test_no_tokens_are_computed_too(layout, gradients):
+    block = SkyworkMoeBlock(tiny_moe_config(experts_layout=layout, experts_implementation="eager"))
+    with torch.set_grad_enabled(gradients):
+        assert block(torch.zeros(2, 0, 32)).shape == (2, 0, 32)
+
+
+@layouts
 def test_auxiliary_loss_joins_the_loss(layout):
     config = tiny_moe_config(experts_layout=layout, router_aux_loss_coef=0.5)
     model = SkyworkMoeForCausalLM(config)

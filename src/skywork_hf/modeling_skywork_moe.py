@@ -231,7 +231,7 @@ class SkyworkMoeExperts(nn.ModuleList):
 
         outputs = self._outputs(rows, rows_on_cpu, bounds)
         weighted = torch.cat(outputs or [rows]) * top_k_weights.flatten()[pair].unsqueeze(-1)
-        by_token = weighted[pair.argsort()].view(tokens, top_k, -1)
+        by_token = weighted[pair.argsort()].view(tokens, top_k, rows.shape[-1])
         return by_token.sum(dim=1).to(hidden_states.dtype)
 
     def _outputs(self, rows: torch.Tensor, rows_on_cpu: torch.Tensor, bounds: list[int]) -> list[torch.Tensor]:
