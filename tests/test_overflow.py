@@ -6,6 +6,7 @@ import pytest
 import torch
 from simulated_device import SimulatedDevices
 from tiny import LAYOUTS, tiny_dense_config, tiny_moe_config, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from skywork_hf import SkyworkMoeForCausalLM, overflow, plan_device_map
 from skywork_hf.modeling_skywork_moe import SkyworkMoeExperts
@@ -65,7 +66,7 @@ def test_so_is_what_begins_later(layout, said, monkeypatch):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_other_dtypes_do_not_even_look(dtype, layout, said, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "isfinite", lambda *_: pytest.fail("looked"))
+    monkeypatch.setattr(overflow, "_broken", lambda _: pytest.fail("looked"))
     with torch.no_grad():
         model_of(dtype, layout, 3000)(tokens())
     assert said() == 0
@@ -83,6 +84,25 @@ def test_nothing_is_said_of_training_autocast_or_what_came_in_infinite(layout, s
         right.model.embed_tokens.weight.fill_(torch.inf)
         assert not right(tokens()).logits.isfinite().all()
     assert said() == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_look_tells_what_is_not_finite_in_few_kernels(device):
+    rows = torch.zeros(6, 3, dtype=torch.float16, device=device)
+    rows[0, 1], rows[1, 2], rows[2, 0] = torch.inf, -torch.inf, torch.nan
+    rows[3, 0], rows[4, 0] = 65504, 2**-24
+    with Kernels() as kernels:
+        broken = overflow._broken(rows)
+    assert broken.tolist() == [True, True, True, False, False, False]
+    assert kernels.started == 2
+
+
+class Kernels(TorchDispatchMode):
+    started = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.started += 1
+        return func(*args, **(kwargs or {}))
 
 
 def test_it_costs_a_wait_in_the_first_forward_only():
