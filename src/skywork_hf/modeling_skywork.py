@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 
+from .compat import warns_of_the_old_cache_name
 from .configuration_skywork import SkyworkConfig
 from .loading import SkyworkLoadingMixin
 from .losses import SkyworkLossMixin, learns_in_context
@@ -46,7 +47,7 @@ class SkyworkForCausalLM(SkyworkPreTrainedModel, LlamaForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    forward = learns_in_context(LlamaForCausalLM.forward)
+    forward = warns_of_the_old_cache_name(learns_in_context(LlamaForCausalLM.forward))
 
 
 class SkyworkForSequenceClassification(GenericForSequenceClassification, SkyworkPreTrainedModel):
