@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from skywork_hf import SkyworkConfig, SkyworkFp8Config, SkyworkInt8Config, SkyworkMoeConfig, plan_device_map
 from skywork_hf.placement import ExpertUsage, PlacementPlan
-from skywork_hf.placement.hardware import CARDS, GIB, card
+from skywork_hf.placement.hardware import GIB, devices_of
 
 FULL = SkyworkMoeConfig()
 HIDDEN, FFN, LAYERS, EXPERTS, TOKENS = 4608, 12288, 52, 16, 8192
@@ -484,12 +484,12 @@ def test_bitsandbytes_has_no_place_on_the_cpu_beside_gpus():
     ],
 )
 def test_cards_by_the_names_that_drivers_give(name, found):
-    assert card(name) == (found, CARDS[found])
+    assert devices_of({0: name})[0].name == found
 
 
 def test_a_laptops_card_is_not_the_desktops():
     with pytest.raises(ValueError, match="No card called"):
-        card("NVIDIA GeForce RTX 4090 Laptop GPU")
+        devices_of({0: "NVIDIA GeForce RTX 4090 Laptop GPU"})
 
 
 def test_dense_config_with_a_small_gpu_splits_layers():

@@ -60,7 +60,7 @@ class TrainingParts(ModelParts):
     def kv_bytes(self, tokens: int) -> int:
         """What the forward pass keeps of a layer, in the place of a cache: its input and rotary tables,
         (h + 2 head_dim) i; all that its backward pass needs, where nothing is computed again."""
-        config: Any = self.config
+        config = self.config
         kept = (config.hidden_size + 2 * self.head_dim) * self.itemsize
         if not self.gradient_checkpointing:
             kept += self._attention_keeps + self._routing_keeps + self._rows * self._mlp_keeps
@@ -71,7 +71,7 @@ class TrainingParts(ModelParts):
 
         The loss comes before any layer's backward pass, and the transients of attention, of routing and of the
         feed-forward part one after another: so of each the larger counts."""
-        config: Any = self.config
+        config = self.config
         transients = max(self._attention_works, self._routing_works, self._mlp_works) - self._mlp_works
         layer = tokens * (self._attention_keeps + self._routing_keeps + transients)
         loss = tokens * config.vocab_size * _LOGIT
@@ -242,15 +242,7 @@ def finetuning_memory(
     Raises:
         ValueError: an argument is wrong.
     """
-    request = request_of(
-        model,
-        {},
-        quantization,
-        context_tokens=context_tokens,
-        batch_size=batch_size,
-        dtype=dtype,
-        **config_options,
-    )
+    request = request_of(model, quantization, context_tokens, batch_size, dtype, **config_options)
     adapters = _adapters_by_part(request, lora)
     parts = _training_parts(request, adapters, max([lora.r, *lora.rank_pattern.values()]), gradient_checkpointing)
     return FinetuningMemory(request, parts, adapters)

@@ -90,20 +90,9 @@ class Device:
         return self.key not in (CPU, DISK)
 
 
-def card(name: str) -> tuple[str, Card]:
-    """A card by name, however it is spelled: `rtx4090`, `RTX 4090`, `NVIDIA GeForce RTX 4090`.
-
-    Raises:
-        ValueError: no such card is known; lists those that are.
-    """
-    found = _find_card(name)
-    if found is None:
-        raise ValueError(f"No card called {name!r} is known; expected one of {', '.join(CARDS)}, or a size as 24GiB.")
-    return found, CARDS[found]
-
-
 def _find_card(name: str) -> str | None:
-    """The key in `CARDS`, whatever makers, forms and memory sizes a driver puts around the name."""
+    """The key in `CARDS`, however the name is spelled (`RTX 4090`, `NVIDIA GeForce RTX 4090`), and whatever forms and
+    memory sizes a driver puts around it."""
     words = [word for word in re.split(r"[\s_-]+", name.lower()) if word not in _MAKERS]
     variants = [word for word in words if word in ("pcie", "40gb")]
     plain = "".join(word for word in words if not re.fullmatch(r"\d+gb|hbm\d\w*|sxm\d*|pcie|nvl", word))
@@ -152,7 +141,7 @@ def _device(key: int | str, value: Any, bandwidth: dict[int | str, float]) -> De
         return Device(key, "", _bytes(key, value), bandwidth.get(key), False)
     named = _find_card(value) if isinstance(value, str) else None
     if named is None and isinstance(value, str) and not re.match(r"[-+.\d]", value):
-        card(value)  # says which names are known
+        raise ValueError(f"No card called {value!r} is known; expected one of {', '.join(CARDS)}, or a size as 24GiB.")
     here = _card_here(key)
     name, spec = (named, CARDS[named]) if named else here
     budget = int(CARDS[named].memory * GIB) if named else _bytes(key, value)

@@ -123,7 +123,7 @@ class ModelParts:
         is_tied: head and embeddings share their weight, so that they belong on one device.
     """
 
-    config: PreTrainedConfig
+    config: Any
     itemsize: int
     head: Part
     layers: list[LayerParts]
@@ -132,19 +132,18 @@ class ModelParts:
 
     @property
     def head_dim(self) -> int:
-        config: Any = self.config
+        config = self.config
         return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     def kv_bytes(self, tokens: int) -> int:
         """One layer's keys and values of `tokens` tokens, in the model's dtype."""
-        config: Any = self.config
-        return 2 * tokens * config.num_key_value_heads * self.head_dim * self.itemsize
+        return 2 * tokens * self.config.num_key_value_heads * self.head_dim * self.itemsize
 
     def dense_working_bytes(self, tokens: int, batch: int) -> int:
         """The largest transient of a layer on its own device while a prompt of `tokens` tokens (all sequences
         together) is read: the experts' inputs and outputs and their float32 sum, or attention's or a dense layer's
         intermediates; one layer's cache, which grows by copying; the logits."""
-        config: Any = self.config
+        config = self.config
         hidden, itemsize = config.hidden_size, self.itemsize
         attention = 12 * hidden * itemsize
         top_k = config.num_experts_per_tok if any(layer.experts for layer in self.layers) else 0
@@ -161,20 +160,20 @@ class ModelParts:
     def _mlp_bytes_per_row(self) -> int:
         """Of the intermediates three are alive at a time, one in 32 bit before it is rounded, and what quantising
         one as the next matrix's input takes."""
-        config: Any = self.config
+        config = self.config
         return config.intermediate_size * (3 * self.itemsize + 10) + 2 * config.hidden_size * self.itemsize
 
     @property
     def unpacking_bytes(self) -> int:
         """The block of a quantised weight that a weight-only matmul unpacks at a time."""
-        config: Any = self.config
+        config = self.config
         return min(kernels.GPU_BLOCK, config.hidden_size * config.intermediate_size) * self.itemsize
 
     @property
     def loading_bytes(self) -> int:
         """What quantising while loading takes beside the weights: some matrices in the files' dtype, one of them in
         blocks of float32."""
-        config: Any = self.config
+        config = self.config
         largest = config.hidden_size * max(config.intermediate_size, config.hidden_size)
         return _LOADER_THREADS * largest * 2 + 2 * 4 * min(kernels.GPU_BLOCK, largest)
 

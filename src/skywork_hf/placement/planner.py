@@ -78,19 +78,13 @@ def plan_device_map(
         ValueError: it does not fit: says how many GiB are missing and what would make it fit. Or an argument is wrong.
     """
     request = request_of(
-        model,
-        max_memory,
-        quantization,
-        context_tokens=context_tokens,
-        batch_size=batch_size,
-        strategy=strategy,
-        expert_usage=expert_usage,
-        dtype=dtype,
-        bandwidth=bandwidth,
-        stream_from_rows=stream_from_rows,
-        model_class=model_class,
-        **config_options,
+        model, quantization, context_tokens, batch_size, dtype, strategy, model_class, **config_options
     )
+    _check_for_experts(request, expert_usage=expert_usage, stream_from_rows=stream_from_rows)
+    _check_counts(stream_from_rows=stream_from_rows)
+    devices = tuple(devices_of(max_memory, bandwidth))
+    usage = ExpertUsage.load(expert_usage) if isinstance(expert_usage, str | Path) else expert_usage
+    request = replace(request, devices=devices, usage=usage, stream_from_rows=stream_from_rows)
     try:
         return PlacementPlan.of(request)
     except DoesNotFit as error:
@@ -99,41 +93,34 @@ def plan_device_map(
 
 def request_of(
     model: str | Path | PreTrainedConfig,
-    max_memory: dict[Any, Any] | None,
     quantization: Any,
-    *,
-    context_tokens: int | None = None,
-    batch_size: int = 1,
+    context_tokens: int | None,
+    batch_size: int,
+    dtype: torch.dtype | str | None,
     strategy: str = "experts",
-    expert_usage: ExpertUsage | str | Path | None = None,
-    dtype: torch.dtype | str | None = None,
-    bandwidth: dict[Any, float] | None = None,
-    stream_from_rows: int | None = None,
     model_class: Any = None,
     **config_options: Any,
 ) -> Request:
-    """The arguments of `plan_device_map`, checked and understood.
+    """These arguments of `plan_device_map`, checked and understood, without devices.
 
     Raises:
         ValueError: an argument is wrong.
     """
     config = _config(model, config_options)
-    _check(config, strategy, {"expert_usage": expert_usage, "stream_from_rows": stream_from_rows})
-    _check_counts(context_tokens=context_tokens, batch_size=batch_size, stream_from_rows=stream_from_rows)
-    devices = devices_of(max_memory, bandwidth)
-    usage = ExpertUsage.load(expert_usage) if isinstance(expert_usage, str | Path) else expert_usage
+    _check(config, strategy)
+    _check_counts(context_tokens=context_tokens, batch_size=batch_size)
     return Request(
         name=_name(str(config.name_or_path) if isinstance(model, PreTrainedConfig) else model),
         config=config,
         model_class=model_class or AutoModelForCausalLM._model_mapping[type(config)],
-        devices=tuple(devices),
+        devices=(),
         quantization=quantization,
         dtype=dtype,
         context_tokens=context_tokens or config.max_position_embeddings,
         batch_size=batch_size,
         strategy=strategy,
-        usage=usage,
-        stream_from_rows=stream_from_rows,
+        usage=None,
+        stream_from_rows=None,
     )
 
 
@@ -157,21 +144,25 @@ def _config(model: str | Path | PreTrainedConfig, options: dict[str, Any]) -> Pr
     return config
 
 
-def _check(config: Any, strategy: str, for_experts: dict[str, Any]) -> None:
-    """`for_experts`: arguments that do something only where experts are placed one by one."""
+def _check(config: Any, strategy: str) -> None:
     if not isinstance(config, SkyworkConfig | SkyworkMoeConfig):
         raise ValueError(f"`model` is of type {config.model_type!r}: expected a Skywork model.")
     if strategy not in STRATEGIES:
         raise ValueError(f"`strategy`={strategy!r}: expected one of {', '.join(STRATEGIES)}.")
-    whole = "a dense model" if isinstance(config, SkyworkConfig) else f'strategy="{strategy}"'
-    for name, value in for_experts.items():
-        if value is not None and (isinstance(config, SkyworkConfig) or strategy != "experts"):
-            raise ValueError(f"`{name}` is for experts that are placed one by one: leave it away with {whole}.")
     if strategy == "experts" and getattr(config, "experts_layout", None) == "fused":
         raise ValueError(
             'experts_layout="fused" holds the experts of a layer in one tensor, which cannot be spread: leave it '
             'away, or take strategy="layers".'
         )
+
+
+def _check_for_experts(request: Request, **arguments: Any) -> None:
+    """Of arguments that do something only where experts are placed one by one."""
+    is_dense = isinstance(request.config, SkyworkConfig)
+    whole = "a dense model" if is_dense else f'strategy="{request.strategy}"'
+    for name, value in arguments.items():
+        if value is not None and (is_dense or request.strategy != "experts"):
+            raise ValueError(f"`{name}` is for experts that are placed one by one: leave it away with {whole}.")
 
 
 def _check_counts(**counts: int | None) -> None:
