@@ -530,16 +530,6 @@ def test_adapters_of_a_quantised_base_are_weighted_as_those_of_a_plain_one(folde
 # --- saved, loaded and merged
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@torch.no_grad()
-def test_merged_logits_are_the_unmerged_ones(adapter, folder):
-    ids = tokens()
-    adapted = adapt(load(folder), ADAPTERS[adapter]())
-    logits = adapted(ids).logits
-    assert error(logits, load(folder)(ids).logits) > 0.05
-    torch.testing.assert_close(adapted.merge_and_unload()(ids).logits, logits, atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
 def test_a_lora_of_the_experts_loads_back(layout, folder, tmp_path):

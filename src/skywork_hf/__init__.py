@@ -26,22 +26,16 @@ if TYPE_CHECKING:
 
     __version__: str
 
-_MODULES = {
-    "AdaptiveAuxLossCallback": "training",
-    "SkyworkConfig": "configuration_skywork",
-    "SkyworkForCausalLM": "modeling_skywork",
-    "SkyworkForSequenceClassification": "modeling_skywork",
-    "SkyworkFp8Config": "quantization",
-    "SkyworkInt8Config": "quantization",
-    "SkyworkModel": "modeling_skywork",
-    "SkyworkMoeConfig": "configuration_skywork",
-    "SkyworkMoeForCausalLM": "modeling_skywork_moe",
-    "SkyworkMoeModel": "modeling_skywork_moe",
-    "SkyworkTokenizer": "tokenization_skywork",
-    "collect_expert_usage": "placement",
-    "placement_report": "placement",
-    "plan_device_map": "placement",
+_NAMES = {
+    "configuration_skywork": ("SkyworkConfig", "SkyworkMoeConfig"),
+    "modeling_skywork": ("SkyworkForCausalLM", "SkyworkForSequenceClassification", "SkyworkModel"),
+    "modeling_skywork_moe": ("SkyworkMoeForCausalLM", "SkyworkMoeModel"),
+    "placement": ("collect_expert_usage", "placement_report", "plan_device_map"),
+    "quantization": ("SkyworkFp8Config", "SkyworkInt8Config"),
+    "tokenization_skywork": ("SkyworkTokenizer",),
+    "training": ("AdaptiveAuxLossCallback",),
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = list(_MODULES)
 
 register()
