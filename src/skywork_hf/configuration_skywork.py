@@ -365,31 +365,26 @@ class SkyworkMoeConfig(_SkyworkConfigMixin, MixtralConfig):
 
     def _check(self) -> None:
         super()._check()
-        if self.num_local_experts < 2:
+        experts = self.num_local_experts
+        if experts < 2:
+            raise ValueError(f"`num_experts`={experts}: expected at least 2; SkyworkConfig is for a dense model.")
+        if experts * self.num_hidden_layers > _MOST_EXPERTS:
             raise ValueError(
-                f"`num_experts`={self.num_local_experts}: expected at least 2; SkyworkConfig is for a dense model."
+                f"`num_experts`={experts} in {self.num_hidden_layers} layers: expected at most {_MOST_EXPERTS:,} "
+                "experts in all."
             )
-        if self.num_local_experts * self.num_hidden_layers > _MOST_EXPERTS:
-            raise ValueError(
-                f"`num_experts`={self.num_local_experts} in {self.num_hidden_layers} layers: expected at most "
-                f"{_MOST_EXPERTS:,} experts in all."
-            )
-        if not 1 <= self.num_experts_per_tok <= self.num_local_experts:
-            raise ValueError(
-                f"`num_experts_per_tok`={self.num_experts_per_tok}: expected 1 to `num_experts`="
-                f"{self.num_local_experts}."
-            )
-        if not self.moe_gate_norm_std > 0:
-            raise ValueError(f"`moe_gate_norm_std`={self.moe_gate_norm_std}: expected a number above 0.")
-        if self.moe_expert_interval < 1:
-            raise ValueError(f"`moe_expert_interval`={self.moe_expert_interval}: expected an integer of at least 1.")
-        if not 0 <= self.router_aux_loss_beta < 1:
-            raise ValueError(f"`router_aux_loss_beta`={self.router_aux_loss_beta}: expected 0 to below 1.")
-        for field in ("router_aux_loss_xi", "router_aux_loss_alpha_max"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"`{field}`={getattr(self, field)}: expected 0 or more.")
-        if not self.router_capacity_factor > 0:
-            raise ValueError(f"`router_capacity_factor`={self.router_capacity_factor}: expected a number above 0.")
+        expected = {
+            "num_experts_per_tok": (1 <= self.num_experts_per_tok <= experts, f"1 to `num_experts`={experts}"),
+            "moe_gate_norm_std": (self.moe_gate_norm_std > 0, "a number above 0"),
+            "moe_expert_interval": (self.moe_expert_interval >= 1, "an integer of at least 1"),
+            "router_aux_loss_beta": (0 <= self.router_aux_loss_beta < 1, "0 to below 1"),
+            "router_aux_loss_xi": (self.router_aux_loss_xi >= 0, "0 or more"),
+            "router_aux_loss_alpha_max": (self.router_aux_loss_alpha_max >= 0, "0 or more"),
+            "router_capacity_factor": (self.router_capacity_factor > 0, "a number above 0"),
+        }
+        for field, (fits, values) in expected.items():
+            if not fits:
+                raise ValueError(f"`{field}`={getattr(self, field)}: expected {values}.")
         if self.router_jitter_noise:
             raise ValueError(f"`router_jitter_noise`={self.router_jitter_noise}: Skywork-MoE's gate has no noise.")
         if self.experts_layout not in EXPERTS_LAYOUTS:

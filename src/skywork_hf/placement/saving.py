@@ -22,6 +22,7 @@ from .request import Request
 from .usage import ExpertUsage
 
 _FORMAT = "skywork_hf placement plan 1"
+_PLAIN = ("name", "context_tokens", "batch_size", "strategy", "stream_from_rows")  # of a request
 _QUANTIZATION_CLASSES = {kind.__name__: kind for kind in (SkyworkFp8Config, SkyworkInt8Config, BitsAndBytesConfig)}
 _MODEL_CLASSES = {
     name: getattr(module, name) for module in (modeling_skywork, modeling_skywork_moe) for name in module.__all__
@@ -31,10 +32,9 @@ _MODEL_CLASSES = {
 def save(plan: PlacementPlan, path: str | Path) -> None:
     """Write `plan`. Dicts whose keys are devices are written as lists of pairs, as JSON's keys are strings."""
     request, placement = plan.request, plan.placement
-    plain = ("name", "context_tokens", "batch_size", "strategy", "stream_from_rows")
     content = {
         "format": _FORMAT,
-        **{name: getattr(request, name) for name in plain},
+        **{name: getattr(request, name) for name in _PLAIN},
         "config": json.loads(request.config.to_json_string()),
         "model_class": request.model_class.__name__,
         "devices": [asdict(device) for device in request.devices],
@@ -68,17 +68,13 @@ def load(path: str | Path) -> PlacementPlan:
 
 def _request(content: dict[str, Any]) -> Request:
     return Request(
-        name=content["name"],
+        **{name: content[name] for name in _PLAIN},
         config=SkyworkConfig.from_dict(content["config"]),
         model_class=_MODEL_CLASSES[content["model_class"]],
         devices=tuple(Device(**device) for device in content["devices"]),
         quantization=_quantization_from_json(content["quantization"]),
         dtype=getattr(torch, content["dtype"]),
-        context_tokens=content["context_tokens"],
-        batch_size=content["batch_size"],
-        strategy=content["strategy"],
         usage=content["usage"] and ExpertUsage.from_dict(content["usage"]),
-        stream_from_rows=content["stream_from_rows"],
     )
 
 
