@@ -622,6 +622,23 @@ def test_of_two_at_once_one_writes_and_the_other_is_refused(rounds, tmp_path):
         shutil.rmtree(tmp_path / "out")
 
 
+def test_a_lock_on_a_folder_that_another_has_made_anew_is_none(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    real, unfinished = fcntl.flock, tmp_path / "out.unfinished"
+    unfinished.mkdir()
+
+    def late(*arguments: Any) -> None:
+        shutil.rmtree(unfinished)
+        unfinished.mkdir()
+        (unfinished / "fingerprint").write_text("0" * 64)
+        real(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(ValueError, match="another conversion writes it at this moment"):
+        write_checkpoint(read_source(checkpoint(DENSE)), tmp_path / "out")
+    assert (unfinished / "fingerprint").exists()
+
+
 def test_everything_is_on_the_disk_before_the_result_has_its_name(tmp_path, monkeypatch):
     real, synced = os.fsync, set()
 

@@ -120,7 +120,9 @@ class Unfinished:
         try:
             self._lock = os.open(self.folder, os.O_RDONLY)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, FileNotFoundError) as error:
+            if not os.path.samestat(os.fstat(self._lock), os.stat(self.folder)):
+                raise FileExistsError("Another has made it anew since it was opened.")
+        except (BlockingIOError, FileExistsError, FileNotFoundError) as error:
             self.release()
             raise self._in_use() from error
         except OSError:  # a file system without locks
