@@ -98,8 +98,10 @@ class SkyworkQuantizedLinear(nn.Linear):
 
     def __getattr__(self, name: str) -> Any:
         """`weight` as `Codes`: whoever computes with it means the real values."""
-        value = super().__getattr__(name)
-        return _as_codes(value, self.path) if name == "weight" else value
+        parameters = self.__dict__.get("_parameters", {})
+        if name not in parameters:
+            return super().__getattr__(name)
+        return _as_codes(parameters[name], self.path) if name == "weight" else parameters[name]
 
     @property
     def codes(self) -> torch.Tensor:
