@@ -504,6 +504,16 @@ def test_codes_are_looked_at_moved_and_saved_but_not_computed_with(folder):
     assert type(copy.deepcopy(layer).state_dict()["weight"]) is torch.Tensor
 
 
+def test_a_model_whose_adapters_were_taken_out_is_looked_through_no_more(folder):
+    model = load(folder)
+    for _ in range(2):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+        assert model.model.layers[0]._forward_pre_hooks
+        for each in (copy.deepcopy(model), model):
+            del each.peft_config  # as PEFT does in `unload` and `merge_and_unload`
+            assert not each.model.layers[0]._forward_pre_hooks
+
+
 def test_a_quantised_weight_that_is_to_be_trained_is_refused(folder):
     """int8 by torch itself; FP8 counts as a float, and would get no gradient."""
     config = peft.LoraConfig(target_modules=["v_proj"], modules_to_save=["q_proj"])

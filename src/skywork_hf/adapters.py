@@ -54,6 +54,7 @@ class SkyworkAdaptersMixin(PreTrainedModel):
     @peft_config.deleter
     def peft_config(self) -> None:
         del self.__dict__["_peft_config"]
+        self.__dict__.pop("_looks_at_rows").remove()  # which would look through the whole model for each token
 
     def post_init(self) -> None:
         """transformers' own; in addition, adapters that are loaded are checked."""
