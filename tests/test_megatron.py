@@ -25,12 +25,11 @@ from safetensors.torch import load_file
 from tiny import checkpoint, golden, tiny_dense_config, tiny_moe_config, tokens
 from transformers.testing_utils import CaptureLogger
 
-from skywork_hf import SkyworkConfig, SkyworkForCausalLM, SkyworkMoeConfig, SkyworkMoeForCausalLM
-from skywork_hf.checkpoints import readers
+from skywork_hf import SkyworkConfig, SkyworkForCausalLM, SkyworkMoeConfig, SkyworkMoeForCausalLM, readers
 from skywork_hf.checkpoints.adapters import merge_adapter
 from skywork_hf.checkpoints.convert import MANIFEST, convert_checkpoint
 from skywork_hf.checkpoints.megatron import is_megatron, logger, read_megatron
-from skywork_hf.checkpoints.readers import MEGATRON_GLOBALS, Reader, load_pickle
+from skywork_hf.readers import MEGATRON_GLOBALS, Reader, load_pickle
 
 GOLDEN = {"skywork-13b-tiny": SkyworkForCausalLM, "skywork-moe-tiny": SkyworkMoeForCausalLM}
 TOLERANCE = 2e-5

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from ..headers import PLAIN_DTYPES, StoredTensor, read_headers
+from ..readers import Reader
 from ..untrusted import read_json
 from .inspection import TOKENIZER_FILES
 from .layouts import empty_model
-from .readers import Reader
 from .recipes import Product, Recipe, Source
 from .transforms import Rounded, refuse_quantized
 

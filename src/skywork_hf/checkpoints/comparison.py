@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 from ..headers import PLAIN_DTYPES
 from ..quantization import kernels
 from ..quantization.checks import INPUT_SCALE_NAMES
+from ..readers import Reader
 from .inspection import activations_text, is_static
 from .layouts import part_named
-from .readers import Reader
 from .recipes import Source
 from .sources import read_source
 

@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 
 from ..configuration_skywork import SkyworkMoeConfig
 from ..headers import StoredTensor
+from ..readers import Reader
 from .adapters import merge_adapter
 from .beside import Beside, read_beside
 from .inspection import CONFIG_FILE, read_config
 from .layouts import HUB, LLAMA, MEGATRON, TRAINING, to_training
-from .readers import Reader
 from .recipes import Product, Recipe, Source
 from .sources import read_source
 from .transforms import cast, is_quantized, quantize, upcycle

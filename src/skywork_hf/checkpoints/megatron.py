@@ -20,9 +20,9 @@ from transformers.utils import logging
 
 from ..configuration_skywork import SkyworkConfig, SkyworkMoeConfig
 from ..headers import StoredTensor, stored_tensor
+from ..readers import flat_tensors, load_pickle
 from ..untrusted import check_file, naming
 from .layouts import MEGATRON, config_of, hub_shapes
-from .readers import flat_tensors, load_pickle
 from .recipes import Make, Product, Recipe, Source
 
 logger = logging.get_logger(__name__)

@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import convert_file_size_to_int
 
 from ..headers import SAFETENSORS_DTYPES
-from .readers import Reader
+from ..readers import Reader
 from .recipes import Product, Recipe
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}

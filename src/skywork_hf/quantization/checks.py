@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..checkpoints.readers import Reader
 from ..headers import PLAIN_DTYPES, StoredTensor, refuse_undeclared_quantization
+from ..readers import Reader
 from .kernels import FP8
 
 # Skywork-MoE-Base-FP8's name, and that of newer files of the same format.

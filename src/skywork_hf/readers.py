@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..headers import StoredTensor, open_pickle
+from .headers import StoredTensor, open_pickle
 
 # numpy's own way to pickle an array; older ones name it otherwise.
 _RECONSTRUCT = np.empty(0).__reduce__()[0]
