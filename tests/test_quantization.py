@@ -260,10 +260,12 @@ def test_fused_experts_are_not_left_in_16_bit(bf16_folder, tmp_path):
     assert len(quantised(model)) == 2 * (4 + 4 * 3)
 
 
+@pytest.mark.parametrize("processes", [False, True])  # which share no weights
 @torch.no_grad()
-def test_a_decoded_token_wraps_no_codes_and_asks_no_idle_expert(bf16_folder, monkeypatch):
+def test_a_decoded_token_wraps_no_codes_and_asks_no_idle_expert(processes, bf16_folder, monkeypatch):
     model = load(bf16_folder, quantization_config=SkyworkInt8Config())
     monkeypatch.setattr("skywork_hf.quantization.linear._as_codes", lambda *_: pytest.fail("wrapped"))
+    monkeypatch.setattr("skywork_hf.modeling_skywork_moe._has_processes", lambda: processes)
     monkeypatch.setattr("skywork_hf.modeling_skywork_moe._runs_idle", lambda *_: pytest.fail("asked"))
     model(tokens(1, 1))
 

@@ -237,7 +237,8 @@ class SkyworkMoeExperts(nn.ModuleList):
     def _outputs(self, rows: torch.Tensor, rows_on_cpu: torch.Tensor, bounds: list[int]) -> list[torch.Tensor]:
         """Each expert's outputs on its rows, on the device of `rows`. Other devices are given their work before the
         CPU begins its own, so that all compute at the same time."""
-        may_idle = torch.is_grad_enabled() or _has_processes()  # asked once, as a decoded token skips most experts
+        # Asked once, as a decoded token skips most experts.
+        may_idle = torch.is_grad_enabled() or (_has_processes() and is_sharded(self))
         runs = [
             (number, slice(*run))
             for number, run in enumerate(pairwise(bounds))
@@ -291,8 +292,10 @@ def is_sharded(module: nn.Module) -> bool:
     """Whether processes share the parameters of a module, by FSDP2, tensor parallelism, ZeRO-3 or FSDP1."""
     from torch.distributed.tensor import DTensor  # not in every build of torch
 
-    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in module.parameters()) or (
-        any(hasattr(part, "_fsdp_wrapped_module") for part in module.modules())
+    return any(
+        "_fsdp_wrapped_module" in part._modules
+        or any(isinstance(own, DTensor) or hasattr(own, "ds_id") for own in part._parameters.values())
+        for part in module.modules()
     )
 
 
