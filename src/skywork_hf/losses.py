@@ -56,7 +56,8 @@ def _targets_in_context(
     **kwargs: Any,
 ) -> dict[str, Any]:
     """What changes of a loss's arguments. Whoever counted the targets of the step counted those that are left out
-    here, too: that count is scaled, so that the loss stays a mean."""
+    here, too: the count is scaled by the batch's own share, so that the loss of a step is a mean of its batches' means
+    where targets were left out, and of all targets where none was."""
     begins = _begins(labels.shape[-1], attention_mask, position_ids)
     if begins is None:
         return {}
