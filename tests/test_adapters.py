@@ -849,6 +849,16 @@ def test_no_row_has_its_own_adapter_in_experts():
     torch.testing.assert_close(adapted(ids[2:]).logits, wanted[2:])
 
 
+@torch.no_grad()
+def test_no_forward_looks_through_the_whole_model_for_adapters(monkeypatch):
+    config = peft.LoraConfig(target_modules=["w1"], layers_to_transform=[1])
+    adapted = peft.get_peft_model(FAMILIES["moe"](67), config).eval()
+    looked = []
+    monkeypatch.setattr(nn.Module, "modules", lambda module, *_: iter(looked.append(module) or ()))
+    adapted.get_base_model()(input_ids=tokens(1))
+    assert looked == []
+
+
 def test_adapters_that_begin_at_a_token_of_each_row_are_refused_in_experts():
     config = {"r": 2, "task_type": "CAUSAL_LM", "alora_invocation_tokens": [5, 6], "init_lora_weights": False}
     ids = torch.cat([tokens(2, 4), torch.tensor([[5, 6]] * 2), tokens(2, 4)], dim=1)

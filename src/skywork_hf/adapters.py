@@ -43,10 +43,11 @@ class SkyworkAdaptersMixin(PreTrainedModel):
 
     @peft_config.setter
     def peft_config(self, configs: dict[str, Any]) -> None:
-        if "_looks_at_rows" not in self.__dict__:
+        adapted = next((module for module in self.modules() if hasattr(module, "adapter_layer_names")), None)
+        if adapted is not None and "_looks_at_rows" not in self.__dict__:
             # Not at the model's own call: PEFT 0.20 calls `forward` itself.
             decoder: Any = self.base_model
-            hook = partial(refuse_adapters_by_row, self)
+            hook = partial(refuse_adapters_by_row, self, adapted)
             self.__dict__["_looks_at_rows"] = decoder.layers[0].register_forward_pre_hook(hook)
         self.__dict__["_peft_config"] = configs
         type(self)._keep_unpacked(self)
@@ -54,7 +55,8 @@ class SkyworkAdaptersMixin(PreTrainedModel):
     @peft_config.deleter
     def peft_config(self) -> None:
         del self.__dict__["_peft_config"]
-        self.__dict__.pop("_looks_at_rows").remove()  # which would look through the whole model for each token
+        if hook := self.__dict__.pop("_looks_at_rows", None):
+            hook.remove()
 
     def post_init(self) -> None:
         """transformers' own; in addition, adapters that are loaded are checked."""
@@ -63,13 +65,15 @@ class SkyworkAdaptersMixin(PreTrainedModel):
         self.register_load_state_dict_post_hook(_check_loaded)
 
 
-def refuse_adapters_by_row(model: nn.Module, *_: Any) -> None:
+def refuse_adapters_by_row(model: nn.Module, adapted: nn.Module, *_: Any) -> None:
     """Raise ValueError where each row of a batch has its own adapter and experts have any; a hook of the first layer.
 
     PEFT takes the hooks by which it tells the layers off after `forward`, but not after an error: that is done here.
+
+    Args:
+        adapted: any layer with adapters. PEFT tells all of them, so that none has to be looked for in each forward.
     """
-    told = next((module for module in model.modules() if hasattr(module, "adapter_layer_names")), None)
-    if told is None or not _hooks_by_row(told):
+    if not _hooks_by_row(adapted):
         return
     moe = (name for name, module in model.named_modules() if ".block_sparse_moe." in name and _hooks_by_row(module))
     name = next(moe, None)
