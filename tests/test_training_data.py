@@ -95,6 +95,7 @@ def test_an_input_stands_below_its_instruction(tmp_path):
         ({"instruction": "2 + 3", "input": 0, "output": "5"}, "has no text in `input`"),
         ({"messages": CHAT, "system": "x"}, 'message 2 has the role "system", not "user"'),
         ("[" * 100_000, "is not JSON"),
+        ('{"instruction": "\\ud83d", "output": "x"}', "is not JSON"),
         ({"messages": [QUESTION, {"role": "assistant", "text": "5"}]}, "is no message"),
         ({"messages": [QUESTION, "5"]}, "is no message"),
         ({"messages": [QUESTION]}, 'no message has the role "assistant"'),

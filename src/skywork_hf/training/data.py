@@ -1,14 +1,14 @@
-"""Chats for supervised fine-tuning: files in two forms, and rows of ids whose labels are the answers alone."""
+"""Chats for supervised fine-tuning: files in three forms, and rows of ids whose labels are the answers alone."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
 from ..losses import IGNORED
+from ..untrusted import parse_json
 
 logger = logging.get_logger(__name__)
 
@@ -74,8 +74,8 @@ def read_conversations(file: str | Path) -> list[Messages]:
 
 def _conversation(line: str, where: str, unread: set[str]) -> Messages:
     try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+        row = parse_json(line.encode())
+    except ValueError as error:
         raise ValueError(f"{where} is not JSON ({error}): {_FORMS}.") from error
     if not isinstance(row, dict):
         raise ValueError(f"{where} is a {type(row).__name__}: {_FORMS}.")
