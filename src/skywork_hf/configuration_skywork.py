@@ -129,7 +129,7 @@ class _SkyworkConfigMixin(_ConfigBase):
         config_dict = {**config_dict, **overrides}
         family = cls._family_of(config_dict)
         if family is not cls:
-            return family.from_dict(config_dict, **kwargs)
+            return family._from_dict(config_dict, **kwargs)
         if kwargs.get("quantization_config", ...) is None:
             del kwargs["quantization_config"]  # the default of `from_pretrained`, not a wish to forget the file's
         loaded = super().from_dict(config_dict, **kwargs)
@@ -156,7 +156,7 @@ class _SkyworkConfigMixin(_ConfigBase):
         return _as_in_files(super().to_diff_dict())
 
     @classmethod
-    def _family_of(cls, config_dict: dict[str, Any]) -> type[PreTrainedConfig]:
+    def _family_of(cls, config_dict: dict[str, Any]) -> type[_SkyworkConfigMixin]:
         # `model_type` and `architectures` of the released MoE checkpoint are those of the dense one.
         experts = experts_of(config_dict)
         if experts is None:
