@@ -1,4 +1,4 @@
-"""The matmuls on quantised weights, kernel by kernel: is the one that `kernels.int8_kernel` picks the fastest?
+"""The matmuls on quantised weights, kernel by kernel: is the one that `matmul.int8_kernel` picks the fastest?
 
     python benchmarks/int8_kernels.py [--device cuda]
 
@@ -20,17 +20,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skywork_hf.quantization import kernels
+from skywork_hf.quantization import formats, matmul
 
 SHAPES = [(12288, 4608), (4608, 12288)]
 ROWS = [1, 2, 4, 8, 16, 24, 32, 64, 128, 256]
-# Columns of the table, with the dtype of the weights. Those of int8 have the names that `kernels.int8_kernel` gives.
+# Columns of the table, with the dtype of the weights. Those of int8 have the names that `matmul.int8_kernel` gives.
 COLUMNS = {
     "bf16 linear": torch.bfloat16,
     "weight_int8pack_mm": torch.int8,
-    "blocks": torch.int8,
+    "dequantize": torch.int8,
     "int_mm": torch.int8,
-    "fp8 blocks": kernels.FP8,
+    "fp8 dequantize": formats.FP8,
 }
 WEIGHTS = 4
 PASSES = 5
@@ -48,14 +48,14 @@ def multiply(column: str, inputs: Tensor, weight: Tensor, scale: Tensor) -> Tens
     if column == "weight_int8pack_mm":
         return torch._weight_int8pack_mm(inputs, weight, scale)
     if column == "int_mm":
-        return kernels.int8_activations_linear(inputs, weight, scale)
-    return kernels.weight_only_linear(inputs, weight, scale)
+        return matmul.int8_activations_linear(inputs, weight, scale)
+    return matmul.dequantized_linear(inputs, weight, scale)
 
 
 def make_weights(shape: tuple[int, int], device: torch.device) -> dict[torch.dtype, list[Weight]]:
     """By dtype: the same real values, several times over."""
     weight = torch.randn(shape, device=device).bfloat16()
-    forms = [(weight, weight), kernels.quantize_int8(weight), kernels.quantize_fp8(weight)]
+    forms = [(weight, weight), formats.quantize_int8(weight), formats.quantize_fp8(weight)]
     return {values.dtype: [(values.clone(), scale) for _ in range(WEIGHTS)] for values, scale in forms}
 
 
@@ -112,7 +112,7 @@ def print_table(shape: tuple[int, int], device: torch.device) -> None:
                 continue
             if times[column] > CALL_SECONDS:
                 too_slow.add(column)
-        print_row(rows, times, kernels.int8_kernel(device.type, inputs.dtype, rows, shape, True))
+        print_row(rows, times, matmul.int8_kernel(device.type, inputs.dtype, rows, shape, True))
 
 
 def print_row(rows: int, times: dict[str, float], picked: str) -> None:

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging
 
 from skywork_hf import SkyworkFp8Config, SkyworkInt8Config
-from skywork_hf.quantization import kernels
+from skywork_hf.quantization import formats, matmul
 
 FP8_FIXTURE = Path(__file__).parents[1] / "tests" / "fixtures" / "skywork-moe-tiny-fp8"
 
@@ -35,10 +35,10 @@ def relative(got: torch.Tensor, exact: torch.Tensor) -> float:
 
 def linear_errors() -> None:
     print(f"{'relative error of a linear':34}{'row of 4608':>14}{'row of 12288':>14}{'at most':>10}")
-    weight_only, int8, fp8 = kernels.weight_only_linear, kernels.quantize_int8, kernels.quantize_fp8
+    weight_only, int8, fp8 = matmul.dequantized_linear, formats.quantize_int8, formats.quantize_fp8
     kinds: dict[str, tuple[float, Any, Any]] = {
         "int8 weights": (1.2, int8, weight_only),
-        "int8 weights and activations": (2.0, int8, kernels.int8_activations_linear),
+        "int8 weights and activations": (2.0, int8, matmul.int8_activations_linear),
         "FP8 weights": (4.0, fp8, weight_only),
         "FP8 weights and activations": (4.0, fp8, fp8_activations),
         "FP8 weights made int8": (4.0, lambda weight: int8(*fp8(weight)), weight_only),
@@ -53,8 +53,8 @@ def linear_errors() -> None:
 
 
 def fp8_activations(inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    scaled = kernels.fp8_scale(inputs)
-    return torch._scaled_mm(kernels.to_fp8(inputs, scaled), weight.t(), scaled, scale, out_dtype=torch.float32)
+    scaled = formats.fp8_scale(inputs)
+    return torch._scaled_mm(formats.to_fp8(inputs, scaled), weight.t(), scaled, scale, out_dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def agreement() -> None:
     weight_only = outputs(FP8_FIXTURE, None)
     print("the FP8 fixture, against itself weight-only:")
     compare("made int8", weight_only, FP8_FIXTURE, SkyworkFp8Config(int8_devices="all"))
-    kernels.has_fp8_unit = lambda device: True  # type: ignore[assignment]
+    matmul.has_fp8_unit = lambda device: True  # type: ignore[assignment]
     compare("static activations", weight_only, FP8_FIXTURE, None)
     compare("dynamic activations", weight_only, FP8_FIXTURE, SkyworkFp8Config("dynamic"))
 

@@ -26,7 +26,7 @@ from skywork_hf import (
 )
 from skywork_hf.modeling_skywork_moe import SkyworkMoeExpert, SkyworkMoeExperts
 from skywork_hf.placement import PlacementPlan
-from skywork_hf.quantization import kernels
+from skywork_hf.quantization import matmul
 from skywork_hf.quantization.linear import SkyworkFp8Linear, SkyworkInt8Linear
 
 MOE, FP8 = "skywork-moe-tiny", "skywork-moe-tiny-fp8"
@@ -468,12 +468,12 @@ def test_an_expert_elsewhere_is_an_error(tmp_path):
 def test_another_kernel_than_planned_is_an_error(tmp_path, monkeypatch):
     """As where the card that is there has no FP8 unit and the planned one has."""
     folder = moe_folder(tmp_path, hidden_size=64, intermediate_size=96)
-    monkeypatch.setattr(kernels, "has_fp8_unit", lambda device: False)
+    monkeypatch.setattr(matmul, "has_fp8_unit", lambda device: False)
     plan = plan_device_map(folder, {0: "rtx4090"}, "fp8", context_tokens=32)
     assert plan.kernel(0) == "scaled_mm"
     model = load(folder, quantization_config=SkyworkFp8Config())
     monkeypatch.setattr("skywork_hf.placement.report._key_of", lambda *_: 0)
-    with pytest.raises(ValueError, match="runs blocks on 0, where scaled_mm was planned"):
+    with pytest.raises(ValueError, match="runs dequantize on 0, where scaled_mm was planned"):
         placement_report(model, plan)
 
 

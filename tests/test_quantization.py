@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from skywork_hf import SkyworkForCausalLM, SkyworkFp8Config, SkyworkInt8Config, SkyworkMoeForCausalLM, SkyworkMoeModel
-from skywork_hf.quantization import kernels
+from skywork_hf.quantization import formats, matmul
 from skywork_hf.quantization.calibration import calibrate, quantize_static
 from skywork_hf.quantization.linear import SkyworkFp8Linear, SkyworkInt8Linear, SkyworkQuantizedLinear
 
@@ -57,7 +57,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def fp8_unit(monkeypatch):
     """As on a GPU with FP8: torch's CPU runs `_scaled_mm` exactly, only slowly."""
-    monkeypatch.setattr(kernels, "has_fp8_unit", lambda device: True)
+    monkeypatch.setattr(matmul, "has_fp8_unit", lambda device: True)
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_a_16_bit_checkpoint_is_quantised_while_it_loads(kind, dtype, tmp_path):
     assert len(layers) == QUANTISED_LINEARS
     assert {type(layer) for layer in layers.values()} == {layer_class}
     plain = load(checkpoint("skywork-moe-tiny")).state_dict()
-    quantize = kernels.quantize_int8 if kind == "int8" else kernels.quantize_fp8
+    quantize = formats.quantize_int8 if kind == "int8" else formats.quantize_fp8
     for name, layer in layers.items():
         weight, scale = quantize(plain[f"{name}.weight"].to(dtype))
         assert torch.equal(layer.weight.view(torch.uint8), weight.view(torch.uint8))
@@ -278,7 +278,7 @@ def test_fp8_becomes_int8(tmp_path):
     model = load(checkpoint(FP8), quantization_config=SkyworkFp8Config(int8_devices="all"))
     assert {type(layer) for layer in quantised(model).values()} == {SkyworkInt8Linear}
     for name, layer in quantised(model).items():
-        weight, scale = kernels.quantize_int8(exact[f"{name}.weight"])
+        weight, scale = formats.quantize_int8(exact[f"{name}.weight"])
         assert torch.equal(layer.weight, weight)
         assert torch.equal(layer.weight_scale, scale)
     model.save_pretrained(tmp_path)
@@ -302,7 +302,7 @@ def test_fp8_becomes_int8_by_device(monkeypatch, tmp_path, caplog):
         }
 
     assert kinds("without_fp8") == {"model.layers.0": {SkyworkInt8Linear}, "model.layers.1": {SkyworkInt8Linear}}
-    monkeypatch.setattr(kernels, "has_fp8_unit", lambda device: device.type == "cpu")
+    monkeypatch.setattr(matmul, "has_fp8_unit", lambda device: device.type == "cpu")
     assert kinds("without_fp8")["model.layers.0"] == {SkyworkFp8Linear}
     with pytest.raises(ValueError, match="give the device map as a dict"):
         load(checkpoint(FP8), quantization_config=SkyworkFp8Config(int8_devices=["cpu"]), device_map="auto")
@@ -324,7 +324,7 @@ def test_a_rule_by_device_reads_the_device_map(monkeypatch):
     names = ["model.layers.0.self_attn.q_proj", expert.format(0), expert.format(3)]
     assert [_becomes_int8(name, ["cpu"], places) for name in names] == [False, False, True]
     assert [_becomes_int8(name, [1, "cpu"], places) for name in names] == [False, True, True]
-    monkeypatch.setattr(kernels, "has_fp8_unit", lambda device: device == torch.device("cuda:0"))
+    monkeypatch.setattr(matmul, "has_fp8_unit", lambda device: device == torch.device("cuda:0"))
     assert [_becomes_int8(name, "without_fp8", places) for name in names] == [False, True, True]
 
 

@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..headers import PLAIN_DTYPES
-from ..quantization import kernels
+from ..quantization import formats
 from ..quantization.checks import INPUT_SCALE_NAMES
 from ..readers import Reader
 from .inspection import activations_text, is_static
@@ -20,7 +20,7 @@ from .recipes import Source
 from .sources import read_source
 
 # Where the scales of a quantised weight lie beside it, and what they are multiplied by.
-_SCALES = {"weight_scale": 1.0, "SCB": 1 / kernels.INT8_MAX}
+_SCALES = {"weight_scale": 1.0, "SCB": 1 / formats.INT8_MAX}
 _BESIDE = ("_scale", ".SCB", ".weight_format")
 _ACTIVATION_SCALES = "activation scales"
 _FOUR_BITS = ".quant_state.bitsandbytes__"
@@ -175,8 +175,8 @@ class _Tensors:
             return value if value.dtype == torch.float64 else value.float()
         for end, factor in _SCALES.items():
             scale = f"{name.removesuffix('weight')}{end}"
-            if scale in self._recipes and value.dtype in (torch.int8, kernels.FP8):
-                return kernels.dequantize(value, self._stored(scale).float() * factor, torch.float32)
+            if scale in self._recipes and value.dtype in (torch.int8, formats.FP8):
+                return formats.dequantize(value, self._stored(scale).float() * factor, torch.float32)
         raise ValueError(
             f"`{name}` in {self._folder} is stored as {value.dtype}, without a scale that is known here: take the "
             "16-bit checkpoint."

@@ -12,7 +12,7 @@ import torch
 
 from ..configuration_skywork import SkyworkConfig, SkyworkMoeConfig
 from ..headers import PLAIN_DTYPES
-from ..quantization import kernels
+from ..quantization import formats
 from ..quantization.config import SkyworkFp8Config, SkyworkInt8Config
 from ..quantization.quantizers import linears_to_quantize
 from .layouts import empty_model, hub_shapes
@@ -139,13 +139,13 @@ def _quantized_products(weight: Product, method: str) -> list[Product]:
     scale = weight.name.removesuffix("weight") + "weight_scale"
     if method == "int8":
         return [Product(weight.name, torch.int8, weight.shape), Product(scale, torch.bfloat16, weight.shape[:1])]
-    return [Product(weight.name, kernels.FP8, weight.shape), Product(scale, torch.float32, ())]
+    return [Product(weight.name, formats.FP8, weight.shape), Product(scale, torch.float32, ())]
 
 
 def _make_quantized(
     recipe: Recipe, chosen: list[bool], method: str, sources: list[torch.Tensor]
 ) -> list[torch.Tensor]:
-    made = kernels.quantize_int8 if method == "int8" else kernels.quantize_fp8
+    made = formats.quantize_int8 if method == "int8" else formats.quantize_fp8
     values: list[torch.Tensor] = []
     for product, value, becomes in zip(recipe.products, recipe.values(sources), chosen, strict=True):
         if not becomes:

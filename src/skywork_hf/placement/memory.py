@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..quantization import kernels
+from ..quantization import formats
 from ..quantization.linear import SkyworkFp8Linear, SkyworkInt8Linear
 from ..quantization.quantizers import linears_to_quantize
 from .hardware import GIB
@@ -167,7 +167,7 @@ class ModelParts:
     def unpacking_bytes(self) -> int:
         """The block of a quantised weight that a weight-only matmul unpacks at a time."""
         config = self.config
-        return min(kernels.GPU_BLOCK, config.hidden_size * config.intermediate_size) * self.itemsize
+        return min(formats.GPU_BLOCK, config.hidden_size * config.intermediate_size) * self.itemsize
 
     @property
     def loading_bytes(self) -> int:
@@ -175,7 +175,7 @@ class ModelParts:
         blocks of float32."""
         config = self.config
         largest = config.hidden_size * max(config.intermediate_size, config.hidden_size)
-        return _LOADER_THREADS * largest * 2 + 2 * 4 * min(kernels.GPU_BLOCK, largest)
+        return _LOADER_THREADS * largest * 2 + 2 * 4 * min(formats.GPU_BLOCK, largest)
 
 
 def model_parts(

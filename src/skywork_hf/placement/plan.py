@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..quantization import kernels
+from ..quantization import matmul
 from .hardware import CPU, GIB, Device, device_like
 from .placer import Placement, place
 from .precision import PLAIN
@@ -86,7 +86,7 @@ class PlacementPlan:
         return kinds["dense"] + kinds["experts"]
 
     def kernel(self, key: Key) -> str:
-        """What an expert on this device runs for one token: a name of `quantization.kernels`, "linear" for weights
+        """What an expert on this device runs for one token: a name of `quantization.matmul`, "linear" for weights
         that are not quantised, or "bitsandbytes"."""
         device = next(device for device in self.request.devices if device.key == key)
         precision = self.request.precision()
@@ -171,11 +171,11 @@ def expected_kernel(method: str, device: Device, dtype: torch.dtype, config: Any
         scheme = "none" if method == "fp8-weight-only" else "dynamic"
         has_unit = [True, False] if device.has_fp8_unit is None else [device.has_fp8_unit]
         return "/".join(
-            sorted({_joined(kernels.fp8_kernel(unit, shape, scheme) for shape in shapes) for unit in has_unit})
+            sorted({_joined(matmul.fp8_kernel(unit, shape, scheme) for shape in shapes) for unit in has_unit})
         )
     if method == "int8":
         device_type = "cuda" if device.is_gpu else "cpu"
-        return _joined(kernels.int8_kernel(device_type, dtype, 1, shape, True) for shape in shapes)
+        return _joined(matmul.int8_kernel(device_type, dtype, 1, shape, True) for shape in shapes)
     return "linear" if method == PLAIN else "bitsandbytes"
 
 

@@ -13,7 +13,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 
 from ..modeling_skywork_moe import SkyworkMoeExperts
-from ..quantization import kernels
+from ..quantization import matmul
 from ..quantization.linear import SkyworkFp8Linear, SkyworkInt8Linear
 from .hardware import CPU, DISK, GIB
 from .memory import statistics_bytes
@@ -151,10 +151,10 @@ def kernel_of(linear: nn.Module, dtype: torch.dtype) -> str:
     device: Any = linear.weight.device
     if isinstance(linear, SkyworkFp8Linear):
         scheme = linear.activation_scheme
-        return kernels.fp8_kernel(kernels.has_fp8_unit(device), linear.weight.shape, scheme)
+        return matmul.fp8_kernel(matmul.has_fp8_unit(device), linear.weight.shape, scheme)
     if isinstance(linear, SkyworkInt8Linear):
         shape = linear.weight.shape
-        return kernels.int8_kernel(device.type, dtype, 1, shape, linear.quantize_activations)
+        return matmul.int8_kernel(device.type, dtype, 1, shape, linear.quantize_activations)
     return "bitsandbytes" if type(linear).__module__.startswith("bitsandbytes") else "linear"
 
 

@@ -90,7 +90,7 @@ def _conclusions(plan: PlacementPlan) -> list[str]:
     unpacked = [
         device.key
         for device in plan.request.devices
-        if plan.weight_bytes(device.key) and plan.kernel(device.key) == "blocks"
+        if plan.weight_bytes(device.key) and plan.kernel(device.key) == "dequantize"
     ]
     if unpacked:
         lines.append(

@@ -12,7 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from . import kernels
+from . import formats
 from .config import SkyworkFp8Config
 from .linear import SkyworkFp8Linear
 from .quantizers import SkyworkFp8Quantizer, linears_to_quantize
@@ -55,7 +55,7 @@ def calibrate(model: Any, texts: Iterable[torch.Tensor]) -> dict[str, torch.Tens
             raise ValueError(
                 f"The inputs of `{name}` hold values that are not finite: the model overflows on these texts."
             )
-    return {name: value / kernels.FP8_MAX for name, value in _with_unreached(largest, list(linears)).items()}
+    return {name: value / formats.FP8_MAX for name, value in _with_unreached(largest, list(linears)).items()}
 
 
 def quantize_static(model: Any, input_scales: dict[str, torch.Tensor]) -> Any:
@@ -82,7 +82,7 @@ def _static_linear(linear: nn.Linear, input_scale: torch.Tensor) -> SkyworkFp8Li
     quantized = SkyworkFp8Linear(
         linear.in_features, linear.out_features, linear.bias is not None, "static", device="meta"
     )
-    weight, scale = kernels.quantize_fp8(linear.weight.detach())
+    weight, scale = formats.quantize_fp8(linear.weight.detach())
     tensors = {
         "weight": weight,
         "weight_scale": scale,

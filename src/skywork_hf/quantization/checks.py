@@ -6,7 +6,7 @@ import torch
 
 from ..headers import PLAIN_DTYPES, StoredTensor, refuse_undeclared_quantization
 from ..readers import Reader
-from .kernels import FP8
+from .formats import FP8
 
 # Skywork-MoE-Base-FP8's name, and that of newer files of the same format.
 INPUT_SCALE_NAMES = ("input_scale", "act_scale")

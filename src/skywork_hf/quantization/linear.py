@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from . import kernels
+from . import formats, matmul
 
 # What may be done with codes: to look at their form, to move and compare them. Everything else computes, or begins to:
 # a merge of PEFT with `safe_merge=True` clones first.
@@ -75,7 +75,7 @@ class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         weight, scale = ctx.saved_tensors
-        return kernels.weight_only_backward(grads[0], weight, scale), None
+        return matmul.dequantized_backward(grads[0], weight, scale), None
 
 
 class SkyworkQuantizedLinear(nn.Linear):
@@ -148,9 +148,9 @@ class SkyworkQuantizedLinear(nn.Linear):
         """An ordinary linear layer with the same real values in `dtype`; without one, these alone, float32
         [out_features, in_features]."""
         if dtype is None:
-            return kernels.dequantize(self.codes, self.weight_scale, torch.float32)
+            return formats.dequantize(self.codes, self.weight_scale, torch.float32)
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(kernels.dequantize(self.codes, self.weight_scale, dtype))
+        linear.weight = nn.Parameter(formats.dequantize(self.codes, self.weight_scale, dtype))
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.to(dtype))
         return linear
@@ -179,14 +179,14 @@ class SkyworkFp8Linear(SkyworkQuantizedLinear):
         device: Any = None,
     ) -> None:
         """`scale_shapes` are those of `weight_scale` and `input_scale`: () or (1,)."""
-        super().__init__(in_features, out_features, bias, kernels.FP8, device)
+        super().__init__(in_features, out_features, bias, formats.FP8, device)
         self.activation_scheme = activation_scheme
         weight_scale, input_scale = (_frozen(shape, torch.float32, device) for shape in scale_shapes)
         self.weight_scale = weight_scale
         self.register_parameter("input_scale", input_scale if activation_scheme == "static" else None)
 
     def matmul(self, inputs: torch.Tensor) -> torch.Tensor:
-        return kernels.fp8_linear(inputs, self.codes, self.weight_scale, self.activation_scheme, self.input_scale)
+        return matmul.fp8_linear(inputs, self.codes, self.weight_scale, self.activation_scheme, self.input_scale)
 
 
 class SkyworkInt8Linear(SkyworkQuantizedLinear):
@@ -205,7 +205,7 @@ class SkyworkInt8Linear(SkyworkQuantizedLinear):
         self.weight_scale = _frozen((out_features,), torch.bfloat16, device)
 
     def matmul(self, inputs: torch.Tensor) -> torch.Tensor:
-        return kernels.int8_linear(inputs, self.codes, self.weight_scale, self.quantize_activations)
+        return matmul.int8_linear(inputs, self.codes, self.weight_scale, self.quantize_activations)
 
 
 def _frozen(shape: tuple[int, ...], dtype: torch.dtype | None, device: Any) -> nn.Parameter:

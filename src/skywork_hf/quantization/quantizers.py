@@ -17,7 +17,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 
 from ..headers import StoredTensor, read_headers
-from . import checks, kernels
+from . import checks, formats, matmul
 from .config import ALL, WITHOUT_FP8, SkyworkFp8Config, SkyworkInt8Config
 from .linear import SkyworkFp8Linear, SkyworkInt8Linear, SkyworkQuantizedLinear
 
@@ -56,7 +56,7 @@ class _SkyworkQuantizer(HfQuantizer):
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Quantised weights stay as they are stored; all else is cast as in any checkpoint."""
-        return None if dtype in (kernels.FP8, torch.int8) else dtype
+        return None if dtype in (formats.FP8, torch.int8) else dtype
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize()
@@ -141,7 +141,7 @@ class SkyworkFp8Quantizer(_SkyworkQuantizer):
     """Loads `SkyworkFp8Config`, and the released FP8 checkpoint."""
 
     quantization_config: SkyworkFp8Config
-    stored_dtype = kernels.FP8
+    stored_dtype = formats.FP8
 
     @property
     def scheme(self) -> str:
@@ -175,7 +175,7 @@ class SkyworkFp8Quantizer(_SkyworkQuantizer):
         """What is saved: with the weights of which processes have parts put together here, as bytes, since gloo takes
         no FP8."""
         state = model.state_dict()
-        parts = [name for name, part in state.items() if isinstance(part, DTensor) and part.dtype == kernels.FP8]
+        parts = [name for name, part in state.items() if isinstance(part, DTensor) and part.dtype == formats.FP8]
         return (state | {name: _put_together(state[name]) for name in parts} if parts else None), {}
 
     def _check_quantized(self, stored: dict[str, StoredTensor], name: str) -> list[StoredTensor]:
@@ -264,7 +264,7 @@ class _Fp8ToInt8(ConversionOps):
         module = model.get_submodule(full_layer_name.rpartition(".")[0])
         if not isinstance(module, SkyworkInt8Linear):
             return {name: tensor for name, tensor in tensors.items() if getattr(module, name, None) is not None}
-        weight, scale = kernels.quantize_int8(tensors["weight"], tensors["weight_scale"])
+        weight, scale = formats.quantize_int8(tensors["weight"], tensors["weight_scale"])
         return {"weight": weight, "weight_scale": scale}
 
 
@@ -276,10 +276,10 @@ def _quantized(module: SkyworkQuantizedLinear, path: str, weight: torch.Tensor) 
     if isinstance(module, SkyworkInt8Linear):
         split = isinstance(module.weight, DTensor)
         largest = _of_all_parts(weight.abs().amax(dim=1).float(), module.weight, (1,)) if split else None
-        quantized, scale = kernels.quantize_int8(weight, largest=largest)
+        quantized, scale = formats.quantize_int8(weight, largest=largest)
     else:
-        scale = _of_all_parts(kernels.fp8_scale(weight), module.weight, (0, 1))
-        quantized, scale = kernels.quantize_fp8(weight, scale)
+        scale = _of_all_parts(formats.fp8_scale(weight), module.weight, (0, 1))
+        quantized, scale = formats.quantize_fp8(weight, scale)
     if not scale.isfinite().all():
         raise ValueError(f"`{path}.weight` holds values that are not finite: it cannot be quantised.")
     return {f"{path}.weight": quantized, f"{path}.weight_scale": scale}
@@ -318,7 +318,7 @@ def _becomes_int8(name: str, int8_devices: Any, device_map: Any) -> bool:
         )
     device = _torch_device(get_device(device_map or {"": "cpu"}, f"{name}.weight"))
     if int8_devices == WITHOUT_FP8:
-        return not kernels.has_fp8_unit(device)
+        return not matmul.has_fp8_unit(device)
     return device in map(_torch_device, int8_devices)
 
 

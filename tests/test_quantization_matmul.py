@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from skywork_hf.quantization import kernels
+from skywork_hf.quantization import formats, matmul
 from skywork_hf.quantization.linear import SkyworkFp8Linear, SkyworkInt8Linear
 
 sizes = st.integers(1, 70)
@@ -18,7 +18,7 @@ shapes = settings(max_examples=40, deadline=None)
 
 def quantized(kind: str, out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
     weight = torch.randn(out_features, in_features)
-    return kernels.quantize_int8(weight) if kind == "int8" else kernels.quantize_fp8(weight)
+    return formats.quantize_int8(weight) if kind == "int8" else formats.quantize_fp8(weight)
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -29,7 +29,7 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 @shapes
 def test_int8_is_off_by_at_most_half_a_step(out_features, in_features, magnitude):
     weight = torch.randn(out_features, in_features) * magnitude
-    values, scale = kernels.quantize_int8(weight)
+    values, scale = formats.quantize_int8(weight)
     assert (values.dtype, scale.dtype, scale.shape) == (torch.int8, torch.bfloat16, (out_features,))
     step = scale.float().unsqueeze(1)
     # Half a step, and what rounding the scale down to bfloat16 cuts off the largest value of a row.
@@ -40,7 +40,7 @@ def test_int8_is_off_by_at_most_half_a_step(out_features, in_features, magnitude
 @shapes
 def test_fp8_is_off_by_at_most_half_a_step(out_features, in_features, magnitude):
     weight = torch.randn(out_features, in_features) * magnitude
-    values, scale = kernels.quantize_fp8(weight)
+    values, scale = formats.quantize_fp8(weight)
     assert (values.dtype, scale.dtype, scale.shape) == (torch.float8_e4m3fn, torch.float32, ())
     # 3 bits of mantissa; below 2^-6 the steps are 2^-9 wide.
     assert ((values.float() * scale - weight).abs() <= weight.abs() * 2**-4 + scale * 2**-10).all()
@@ -48,16 +48,16 @@ def test_fp8_is_off_by_at_most_half_a_step(out_features, in_features, magnitude)
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_zeros_stay_zeros(kind):
-    quantize = kernels.quantize_int8 if kind == "int8" else kernels.quantize_fp8
+    quantize = formats.quantize_int8 if kind == "int8" else formats.quantize_fp8
     weight, scale = quantize(torch.zeros(3, 5))
-    assert torch.equal(kernels.dequantize(weight, scale, torch.float32), torch.zeros(3, 5))
+    assert torch.equal(formats.dequantize(weight, scale, torch.float32), torch.zeros(3, 5))
 
 
 def test_every_e4m3_value_is_unpacked_as_torch_does():
     values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).unsqueeze(0)
     expected = values.float()
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        unpacked, factor = kernels.unpack(values, dtype)
+        unpacked, factor = formats.unpack(values, dtype)
         assert unpacked.dtype == dtype
         finite = expected.isfinite()
         assert finite.sum() == 254
@@ -70,10 +70,10 @@ def test_every_e4m3_value_is_unpacked_as_torch_does():
 def test_weight_only_matmul_and_its_gradient_are_those_of_the_real_values(kind, rows, out_features, in_features):
     weight, scale = quantized(kind, out_features, in_features)
     real = weight.float() * (scale.float().unsqueeze(1) if kind == "int8" else scale)
-    assert torch.equal(kernels.dequantize(weight, scale, torch.float32), real)
+    assert torch.equal(formats.dequantize(weight, scale, torch.float32), real)
     inputs, grad = torch.randn(rows, in_features), torch.randn(rows, out_features)
-    torch.testing.assert_close(kernels.weight_only_linear(inputs, weight, scale), inputs @ real.t())
-    torch.testing.assert_close(kernels.weight_only_backward(grad, weight, scale), grad @ real)
+    torch.testing.assert_close(matmul.dequantized_linear(inputs, weight, scale), inputs @ real.t())
+    torch.testing.assert_close(matmul.dequantized_backward(grad, weight, scale), grad @ real)
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
@@ -81,12 +81,12 @@ def test_weight_only_matmul_and_its_gradient_are_those_of_the_real_values(kind, 
 def test_many_blocks_and_16_bit_inputs(kind, dtype, monkeypatch):
     weight, scale = quantized(kind, 67, 32)
     inputs = torch.randn(9, 32).to(dtype)
-    whole = kernels.weight_only_linear(inputs, weight, scale)
+    whole = matmul.dequantized_linear(inputs, weight, scale)
     assert whole.dtype == dtype
-    monkeypatch.setattr(kernels, "CPU_BLOCK", 100)  # three rows at a time
-    torch.testing.assert_close(kernels.weight_only_linear(inputs, weight, scale), whole)
-    monkeypatch.setattr(kernels, "_compute_dtype", lambda inputs: inputs.dtype)  # as on a GPU
-    torch.testing.assert_close(kernels.weight_only_linear(inputs, weight, scale), whole, rtol=2e-2, atol=2e-2)
+    monkeypatch.setattr(formats, "CPU_BLOCK", 100)  # three rows at a time
+    torch.testing.assert_close(matmul.dequantized_linear(inputs, weight, scale), whole)
+    monkeypatch.setattr(matmul, "_compute_dtype", lambda inputs: inputs.dtype)  # as on a GPU
+    torch.testing.assert_close(matmul.dequantized_linear(inputs, weight, scale), whole, rtol=2e-2, atol=2e-2)
 
 
 @given(
@@ -99,17 +99,17 @@ def test_many_blocks_and_16_bit_inputs(kind, dtype, monkeypatch):
 def test_int8_linear_whatever_kernel_it_takes(rows, out_features, in_features, has_int_mm):
     weight, scale = quantized("int8", out_features, in_features)
     inputs = torch.randn(rows, in_features).bfloat16()
-    expected = inputs.float() @ kernels.dequantize(weight, scale, torch.float32).t()
+    expected = inputs.float() @ formats.dequantize(weight, scale, torch.float32).t()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_int_mm)
         call = ("cpu", inputs.dtype, rows, weight.shape)
-        kernel = kernels.int8_kernel(*call, quantize_activations=True)
-        few = "blocks" if in_features % 32 or not rows else "weight_int8pack_mm"
-        assert kernel == (few if rows <= 32 else "int_mm" if has_int_mm and in_features > 1 else "blocks")
-        assert kernels.int8_kernel(*call, quantize_activations=False) != "int_mm"
-        outputs = kernels.int8_linear(inputs, weight, scale, quantize_activations=True)
+        kernel = matmul.int8_kernel(*call, quantize_activations=True)
+        few = "dequantize" if in_features % 32 or not rows else "weight_int8pack_mm"
+        assert kernel == (few if rows <= 32 else "int_mm" if has_int_mm and in_features > 1 else "dequantize")
+        assert matmul.int8_kernel(*call, quantize_activations=False) != "int_mm"
+        outputs = matmul.int8_linear(inputs, weight, scale, quantize_activations=True)
     assert outputs.dtype == torch.bfloat16
-    bound = inputs.float().norm(dim=1, keepdim=True) * kernels.dequantize(weight, scale, torch.float32).norm(dim=1)
+    bound = inputs.float().norm(dim=1, keepdim=True) * formats.dequantize(weight, scale, torch.float32).norm(dim=1)
     assert ((outputs.float() - expected).abs() <= 0.03 * bound + 1e-6).all()
 
 
@@ -122,13 +122,13 @@ def test_error_on_gaussian_data_of_the_real_row_lengths(name, bound, in_features
     weight, inputs = torch.randn(512, in_features) * 0.02, torch.randn(64, in_features)
     exact = inputs @ weight.t()
     if name == "fp8":
-        values, scale = kernels.quantize_fp8(weight)
+        values, scale = formats.quantize_fp8(weight)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kernels, "has_fp8_unit", lambda device: True)
-            outputs = kernels.fp8_linear(inputs, values, scale, "dynamic", None)
+            patch.setattr(matmul, "has_fp8_unit", lambda device: True)
+            outputs = matmul.fp8_linear(inputs, values, scale, "dynamic", None)
     else:
-        run = kernels.weight_only_linear if name == "int8 weights" else kernels.int8_activations_linear
-        outputs = run(inputs, *kernels.quantize_int8(weight))
+        run = matmul.dequantized_linear if name == "int8 weights" else matmul.int8_activations_linear
+        outputs = run(inputs, *formats.quantize_int8(weight))
     assert 0 < relative_error(outputs, exact) <= bound
 
 
@@ -139,8 +139,8 @@ def test_fp8_activations_are_rounded_by_their_scale(static, monkeypatch):
     input_scale = torch.tensor(0.02) if static else inputs.abs().max() / 448
     rounded = (inputs / input_scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * input_scale
     expected = rounded @ (weight.float() * scale).t()
-    monkeypatch.setattr(kernels, "has_fp8_unit", lambda device: True)
-    outputs = kernels.fp8_linear(inputs, weight, scale, "dynamic", input_scale if static else None)
+    monkeypatch.setattr(matmul, "has_fp8_unit", lambda device: True)
+    outputs = matmul.fp8_linear(inputs, weight, scale, "dynamic", input_scale if static else None)
     torch.testing.assert_close(outputs, expected)
     assert relative_error(outputs, inputs @ (weight.float() * scale).t()) > 1e-3
 
@@ -178,11 +178,11 @@ def test_on_a_gpu_as_on_the_cpu(rows):
     inputs = torch.randn(rows, 256).bfloat16()
     int8, fp8 = quantized("int8", 128, 256), quantized("fp8", 128, 256)
     on_gpu = inputs.cuda()
-    moved = kernels.int8_linear(on_gpu, *(tensor.cuda() for tensor in int8), quantize_activations=True)
-    assert relative_error(moved.cpu(), kernels.weight_only_linear(inputs, *int8)) <= 0.02
+    moved = matmul.int8_linear(on_gpu, *(tensor.cuda() for tensor in int8), quantize_activations=True)
+    assert relative_error(moved.cpu(), matmul.dequantized_linear(inputs, *int8)) <= 0.02
     for scheme in ("none", "dynamic"):
-        moved = kernels.fp8_linear(on_gpu, *(tensor.cuda() for tensor in fp8), scheme, None)
-        assert relative_error(moved.cpu(), kernels.weight_only_linear(inputs, *fp8)) <= 0.04
+        moved = matmul.fp8_linear(on_gpu, *(tensor.cuda() for tensor in fp8), scheme, None)
+        assert relative_error(moved.cpu(), matmul.dequantized_linear(inputs, *fp8)) <= 0.04
 
 
 @pytest.mark.parametrize("rows", [1, 40])
@@ -223,10 +223,10 @@ def test_tensors_may_begin_anywhere_in_memory(offset, rows):
         there = buffer[offset:].view(tensor.dtype).view(tensor.shape)
         return there.copy_(tensor)
 
-    weight, scale = kernels.quantize_int8(torch.randn(48, 64))
+    weight, scale = formats.quantize_int8(torch.randn(48, 64))
     inputs = torch.randn(rows, 64, dtype=torch.bfloat16)
-    wanted = F.linear(inputs.float(), kernels.dequantize(weight, scale, torch.float32))
-    got = kernels.int8_linear(moved(inputs), moved(weight), moved(scale), quantize_activations=False)
+    wanted = F.linear(inputs.float(), formats.dequantize(weight, scale, torch.float32))
+    got = matmul.int8_linear(moved(inputs), moved(weight), moved(scale), quantize_activations=False)
     assert relative_error(got, wanted) < 0.01
 
 
