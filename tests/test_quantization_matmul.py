@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import peak_bytes
 from torch import nn
 
 from skywork_hf.quantization import formats, matmul
@@ -85,8 +86,24 @@ def test_many_blocks_and_16_bit_inputs(kind, dtype, monkeypatch):
     assert whole.dtype == dtype
     monkeypatch.setattr(formats, "CPU_BLOCK", 100)  # three rows at a time
     torch.testing.assert_close(matmul.dequantized_linear(inputs, weight, scale), whole)
-    monkeypatch.setattr(matmul, "_compute_dtype", lambda inputs: inputs.dtype)  # as on a GPU
+    monkeypatch.setattr(matmul, "_compute_dtype", lambda _, inputs: inputs)  # as on a GPU
     torch.testing.assert_close(matmul.dequantized_linear(inputs, weight, scale), whole, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_unpacking_takes(device, kind, dtype, monkeypatch):
+    weight, scale = quantized(kind, 3000, 512)  # two blocks of a CPU, one of a GPU
+    if device == "cuda":  # what runs there, here
+        monkeypatch.setattr(formats, "CPU_BLOCK", formats.GPU_BLOCK)
+        monkeypatch.setattr(matmul, "_compute_dtype", lambda _, inputs: inputs)
+        for module in (formats, matmul):
+            monkeypatch.setattr(module, "unpack", lambda values, dtype: (values.to(dtype), 1.0))
+    inputs = torch.randn(1, 512).to(dtype)
+    planned = matmul.unpacking_bytes(weight.numel(), weight.dtype, dtype, device)
+    peak = peak_bytes(lambda: matmul.dequantized_linear(inputs, weight, scale))
+    assert 0.98 * planned <= peak <= 1.05 * planned  # inputs, outputs and scales beside it
 
 
 @given(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch.profiler import ProfilerActivity, profile
 
 from skywork_hf import SkyworkConfig, SkyworkMoeConfig
 from skywork_hf.demo import tiny_checkpoint
@@ -69,3 +70,15 @@ def forked(run: Callable[[], Any]) -> int:
         finally:
             os._exit(code)
     return child
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The most bytes that a call held at once beside what was there before, from every allocation that it made."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    held = peak = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak

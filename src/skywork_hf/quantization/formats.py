@@ -102,7 +102,7 @@ def to_int8(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def real_rows(weight: torch.Tensor, scale: torch.Tensor, rows: slice) -> torch.Tensor:
     values, factor = unpack(weight[rows], torch.float32)
-    return values * (column(scale, rows) * factor)
+    return values.mul_(column(scale, rows) * factor)
 
 
 def column(scale: torch.Tensor, rows: slice) -> torch.Tensor:
@@ -111,6 +111,9 @@ def column(scale: torch.Tensor, rows: slice) -> torch.Tensor:
 
 
 def row_blocks(weight: torch.Tensor) -> Iterator[slice]:
-    elements = CPU_BLOCK if weight.device.type == "cpu" else GPU_BLOCK
-    step = max(1, elements // weight.shape[1])
+    step = max(1, block_elements(weight.device.type) // weight.shape[1])
     return (slice(start, min(start + step, weight.shape[0])) for start in range(0, weight.shape[0], step))
+
+
+def block_elements(device_type: str) -> int:
+    return CPU_BLOCK if device_type == "cpu" else GPU_BLOCK

@@ -10,7 +10,18 @@ from functools import cache
 
 import torch
 
-from .formats import INT8_MAX, column, fp8_scale, real_rows, row_blocks, to_fp8, to_int8, unpack
+from .formats import (
+    FP8,
+    INT8_MAX,
+    block_elements,
+    column,
+    fp8_scale,
+    real_rows,
+    row_blocks,
+    to_fp8,
+    to_int8,
+    unpack,
+)
 
 # Up to this many rows torch's weight-only kernel beats unpacking blocks on CPUs, and with more rows it does not
 # (measured on AVX2, where the crossing lies between 24 and 64). With AVX512-VNNI torch's integer matmul takes over.
@@ -41,11 +52,12 @@ def dequantized_linear(inputs: torch.Tensor, weight: torch.Tensor, scale: torch.
     outputs = torch.empty(inputs.shape[0], weight.shape[0], dtype=inputs.dtype, device=inputs.device)
     if not len(inputs):
         return outputs
-    compute = _compute_dtype(inputs)
+    compute = _compute_dtype(inputs.device.type, inputs.dtype)
     inputs_there = inputs.to(compute)
     for rows in row_blocks(weight):
         values, factor = _block(weight, scale, rows, compute)
         outputs[:, rows] = (inputs_there @ values.t()).float().mul_(factor.t())
+        del values  # before the next block is unpacked
     return outputs
 
 
@@ -61,10 +73,11 @@ def dequantized_backward(grad: torch.Tensor, weight: torch.Tensor, scale: torch.
     total = torch.zeros(grad.shape[0], weight.shape[1], device=grad.device)
     if not len(grad):
         return total.to(grad.dtype)
-    compute = _compute_dtype(grad)
+    compute = _compute_dtype(grad.device.type, grad.dtype)
     for rows in row_blocks(weight):
         values, factor = _block(weight, scale, rows, compute)
         total += (grad[:, rows].float() * factor.t()).to(compute) @ values
+        del values  # as above
     return total.to(grad.dtype)
 
 
@@ -180,10 +193,25 @@ def has_fp8_unit(device: torch.device) -> bool:
     )
 
 
-def _compute_dtype(inputs: torch.Tensor) -> torch.dtype:
+def unpacking_bytes(elements: int, weight_dtype: torch.dtype, inputs: torch.dtype, device_type: str) -> int:
+    """The most bytes that `dequantized_linear` takes at a time beside its inputs and outputs.
+
+    Args:
+        elements: of the weight.
+        weight_dtype: int8 or float8_e4m3fn.
+        inputs: their dtype.
+        device_type: "cpu", or a GPU's.
+    """
+    compute = _compute_dtype(device_type, inputs)
+    # See `_block`: float16 is made from real values in 32 bit, and a CPU takes FP8's bits through 16 bit.
+    beside = 4 if compute == torch.float16 else 2 if (weight_dtype, device_type) == (FP8, "cpu") else 0
+    return min(elements, block_elements(device_type)) * (compute.itemsize + beside)
+
+
+def _compute_dtype(device_type: str, inputs: torch.dtype) -> torch.dtype:
     """What a block is multiplied in: 16 bit only where that is faster."""
-    if inputs.device.type != "cpu" or (inputs.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()):
-        return inputs.dtype
+    if device_type != "cpu" or (inputs == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()):
+        return inputs
     return torch.float32
 
 
