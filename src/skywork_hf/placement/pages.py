@@ -11,6 +11,9 @@ import torch
 from torch import nn
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+# Linux begins to read no more for one piece of advice than a device's largest request or its readahead, which may be
+# some hundred KiB; what is beyond would come page by page.
+_PIECE = 2**17
 
 
 def read_only_when_told(module: nn.Module) -> None:
@@ -30,6 +33,9 @@ def _advise(tensors: Iterable[torch.Tensor], advice: str) -> None:
     for tensor in tensors:
         if tensor.device.type != "cpu":
             continue
-        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        length = tensor.data_ptr() + tensor.nbytes - start
-        _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), getattr(mmap, advice))
+        first = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        end = tensor.data_ptr() + tensor.nbytes
+        piece = _PIECE if advice == "MADV_WILLNEED" else end - first
+        for start in range(first, end, piece):
+            length = min(piece, end - start)
+            _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), getattr(mmap, advice))
