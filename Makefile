@@ -63,7 +63,7 @@ $(VENV)/made:
 
 $(VENV)/installed: $(VENV)/made pyproject.toml constraints.txt
 	@echo "Installing skywork-hf into $(VENV); the first time this takes some minutes."
-	$(PIP) -e .
+	$(PIP) -e ".[cpu]"
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

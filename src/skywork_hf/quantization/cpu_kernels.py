@@ -1,0 +1,465 @@
+"""Matmuls of few rows on a CPU, about as fast as the weights can be read: numba compiles the loops below.
+
+Weights are read where they are, mapped files included, wherever they begin, and unpacked in registers:
+
+* int8, a scale for each row;
+* FP8 (e4m3), one scale: its bits in float32's places are 2^120 too small, the difference of the two exponent biases,
+  which the outputs' factor makes up for. Subnormals are exact; a NaN becomes 480, as in `formats.unpack`;
+* bfloat16, the upper half of a float32.
+
+Inputs and sums are float32. An expert, `w2(silu(w1(x)) * w3(x))`, is one piece of work, in float32 up to its output.
+
+The work is cut into chunks of weight rows. The calling thread and those of a pool take chunks until none is left:
+nobody waits for a thread that has not woken, and any number of threads may call. numba's own parallel loops are no
+use: with its OpenMP layer a forked child dies, and with `workqueue` two callers at a time abort the process.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Bytes of weights in a chunk: some ten microseconds of work, and few enough to stay in a core's own cache for the next
+# rows of inputs.
+CHUNK_BYTES = 2**18
+# Work on fewer bytes of weights is done by the caller alone: waking a thread takes as long as reading a megabyte.
+ALONE_BYTES = 2**20
+# After so many looks at a counter, some 100 us, a thread lets others have its core.
+_LOOKS = 10_000
+# Kernels from the cache take less.
+_SECONDS_TO_COMPILE = 1.0
+
+# What a job is, in int64: two counters, alone in their cache line, sizes, addresses, and room for float32 values.
+_NEXT, _DONE = 0, 1
+_ROWS, _INPUTS, _OUTPUTS, _IS_BFLOAT16 = 8, 9, 10, 11
+_COLUMNS, _HIDDEN, _FEATURES, _HIDDEN_CHUNK, _CHUNK = 12, 13, 14, 15, 16  # _HIDDEN: 0 for a linear
+_W1, _W3, _W2 = 17, 20, 23  # of each the weight's address, the scales' and the scales' form; a linear is a W2 alone
+_HEADER = 32
+_NO_SCALE, _ONE_SCALE, _FLOAT32_SCALES, _BFLOAT16_SCALES = range(4)
+_TO_HIDDEN, _GATE_HIDDEN, _TO_OUTPUTS = range(3)
+# FP8 inputs are brought near this power of two: products with weights that are 2^120 too small stay normal numbers.
+_FP8_INPUTS, _FP8_BIAS = 60, 120
+
+# Sums in any order, which vectors need. Not more: NaN and infinity are as real as elsewhere.
+_SUMS = {"reassoc", "contract"}
+_int8, _fp8, _bfloat16 = types.CPointer(types.int8), types.CPointer(types.uint8), types.CPointer(types.uint16)
+_float32, _int64 = types.CPointer(types.float32), types.CPointer(types.int64)
+_I32, _I64, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+
+def _pointer_to(pointer: types.CPointer) -> Any:
+    @intrinsic
+    def at_address(typing_context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(pointer))
+
+        return pointer(types.int64), generate
+
+    return at_address
+
+
+int8_at, fp8_at, bfloat16_at, float32_at, int64_at = map(_pointer_to, (_int8, _fp8, _bfloat16, _float32, _int64))
+
+
+@intrinsic
+def get(typing_context: Any, pointer: Any, index: Any) -> Any:
+    """What a pointer has at an index: an int64 as it is, all else as float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        stored = builder.load(builder.gep(args[0], [args[1]]))
+        stored.align = 1
+        if pointer in (_float32, _int64):
+            return stored
+        if pointer == _int8:
+            return builder.sitofp(stored, _FLOAT)
+        if pointer == _bfloat16:
+            return builder.bitcast(builder.shl(builder.zext(stored, _I32), _I32(16)), _FLOAT)
+        # The sign is extended to the left of its place, and cleared between there and the other bits.
+        bits = builder.shl(builder.sext(stored, _I32), _I32(20))
+        return builder.bitcast(builder.and_(bits, _I32(0x87F00000)), _FLOAT)
+
+    return (types.int64 if pointer == _int64 else types.float32)(pointer, types.int64), generate
+
+
+@intrinsic
+def put(typing_context: Any, pointer: Any, index: Any, value: Any) -> Any:
+    """Store a float32 as it is, or rounded to bfloat16."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place, value = builder.gep(args[0], [args[1]]), args[2]
+        if pointer == _bfloat16:
+            bits = builder.bitcast(value, _I32)
+            is_odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
+            nearest = builder.add(builder.add(bits, _I32(0x7FFF)), is_odd)
+            # Of a NaN the addition might make an infinity.
+            bits = builder.select(builder.fcmp_unordered("uno", value, value), _I32(0x7FC00000), nearest)
+            value = builder.trunc(builder.lshr(bits, _I32(16)), ir.IntType(16))
+        builder.store(value, place).align = 1
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, types.float32), generate
+
+
+@intrinsic
+def at_same(typing_context: Any, pointer: Any, address: Any) -> Any:
+    """A pointer of the same type to an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[1], context.get_value_type(pointer))
+
+    return pointer(pointer, types.int64), generate
+
+
+@intrinsic
+def float32_behind(typing_context: Any, job: Any, values: Any) -> Any:
+    """The place behind a job's header and so many float32 values."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        behind = builder.bitcast(builder.gep(args[0], [_I64(_HEADER)]), context.get_value_type(_float32))
+        return builder.gep(behind, [args[1]])
+
+    return _float32(_int64, types.int64), generate
+
+
+@intrinsic
+def bits_of(typing_context: Any, value: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], _I32)
+
+    return types.int32(types.float32), generate
+
+
+@intrinsic
+def see(typing_context: Any, pointer: Any, index: Any) -> Any:
+    """A counter that other threads count up, and all that they wrote before."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load_atomic(builder.gep(args[0], [args[1]]), "seq_cst", 8)
+
+    return types.int64(_int64, types.int64), generate
+
+
+@intrinsic
+def count(typing_context: Any, pointer: Any, index: Any, seen: Any) -> Any:
+    """Add one to a counter that still is what was seen; whether it was."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place, one_more = builder.gep(args[0], [args[1]]), builder.add(args[2], _I64(1))
+        return builder.extract_value(builder.cmpxchg(place, args[2], one_more, "seq_cst", "seq_cst"), 1)
+
+    return types.boolean(_int64, types.int64, types.int64), generate
+
+
+@njit(fastmath=_SUMS)
+def _one_by_four(x: Any, i: Any, w: Any, a: Any, b: Any, c: Any, d: Any, columns: Any) -> Any:
+    """One row of inputs, from `i` on, by four rows of weights, which share its values in registers."""
+    s0 = s1 = s2 = s3 = np.float32(0)
+    for k in range(columns):
+        value = get(x, i + k)
+        s0 += value * get(w, a + k)
+        s1 += value * get(w, b + k)
+        s2 += value * get(w, c + k)
+        s3 += value * get(w, d + k)
+    return s0, s1, s2, s3
+
+
+@njit(fastmath=_SUMS)
+def _two_by_four(x: Any, i: Any, j: Any, w: Any, a: Any, b: Any, c: Any, d: Any, columns: Any) -> Any:
+    s0 = s1 = s2 = s3 = t0 = t1 = t2 = t3 = np.float32(0)
+    for k in range(columns):
+        value, other = get(x, i + k), get(x, j + k)
+        w0, w1, w2, w3 = get(w, a + k), get(w, b + k), get(w, c + k), get(w, d + k)
+        s0 += value * w0
+        s1 += value * w1
+        s2 += value * w2
+        s3 += value * w3
+        t0 += other * w0
+        t1 += other * w1
+        t2 += other * w2
+        t3 += other * w3
+    return s0, s1, s2, s3, t0, t1, t2, t3
+
+
+@njit
+def _scale_of(job: Any, weight: Any, row: Any) -> Any:
+    form = get(job, weight + 2)
+    if form == _NO_SCALE:
+        return np.float32(1)
+    if form == _BFLOAT16_SCALES:
+        return get(bfloat16_at(get(job, weight + 1)), row)
+    return get(float32_at(get(job, weight + 1)), 0 if form == _ONE_SCALE else row)
+
+
+@njit(error_model="numpy")
+def _give(job: Any, target: Any, row: Any, feature: Any, value: Any) -> Any:
+    """Bring an output of a matmul to where it belongs."""
+    if target == _W2:
+        place = row * get(job, _FEATURES) + feature
+        if get(job, _IS_BFLOAT16):
+            put(bfloat16_at(get(job, _OUTPUTS)), place, value)
+        else:
+            put(float32_at(get(job, _OUTPUTS)), place, value)
+        return
+    hidden = float32_behind(job, get(job, _ROWS) * get(job, _COLUMNS))
+    place = row * get(job, _HIDDEN) + feature
+    if target == _W1:
+        put(hidden, place, value)
+    else:
+        gate = get(hidden, place)
+        put(hidden, place, gate / (np.float32(1) + math.exp(-gate)) * value)
+
+
+@njit
+def _multiply(
+    job: Any, weight: Any, w: Any, bias: Any, x: Any, powers: Any, columns: Any, start: Any, stop: Any
+) -> Any:
+    """These rows of a weight by all rows of inputs: four by one or two at a time, the last ones twice where they are
+    fewer."""
+    rows, last = get(job, _ROWS), stop - 1
+    for row in range(0, rows, 2):
+        other = min(row + 1, rows - 1)
+        power, other_power = get(powers, row), get(powers, other)
+        for feature in range(start, stop, 4):
+            f1, f2, f3 = min(feature + 1, last), min(feature + 2, last), min(feature + 3, last)
+            a, b, c, d = feature * columns, f1 * columns, f2 * columns, f3 * columns
+            scales = (
+                _scale_of(job, weight, feature),
+                _scale_of(job, weight, f1),
+                _scale_of(job, weight, f2),
+                _scale_of(job, weight, f3),
+            )
+            if row == other:
+                sums = _one_by_four(x, row * columns, w, a, b, c, d, columns)
+            else:
+                s0, s1, s2, s3, t0, t1, t2, t3 = _two_by_four(
+                    x, row * columns, other * columns, w, a, b, c, d, columns
+                )
+                sums, others = (s0, s1, s2, s3), (t0, t1, t2, t3)
+                for n in range(min(4, stop - feature)):
+                    _give(job, weight, other, feature + n, others[n] * bias * other_power * scales[n])
+            for n in range(min(4, stop - feature)):
+                _give(job, weight, row, feature + n, sums[n] * bias * power * scales[n])
+
+
+@njit
+def _prepare(source: Any, x: Any, powers: Any, rows: Any, columns: Any, is_fp8: Any) -> Any:
+    """Inputs as float32; for FP8 each row times a power of two, whose inverse (but for 2^_FP8_INPUTS) is kept."""
+    for row in range(rows):
+        begin = row * columns
+        largest: Any = np.int32(0)
+        for k in range(columns):
+            value = get(source, begin + k)
+            put(x, begin + k, value)
+            largest = max(largest, bits_of(value) & np.int32(0x7FFFFFFF))
+        power = np.float32(1)
+        if is_fp8:
+            exponent = np.float64(min(max((largest >> 23) - 127, -67), 127))
+            power, factor = np.float32(2.0**exponent), np.float32(2.0 ** (_FP8_INPUTS - exponent))
+            for k in range(columns):
+                put(x, begin + k, get(x, begin + k) * factor)
+        put(powers, row, power)
+
+
+@njit
+def _work(job: Any, weights: Any, is_fp8: Any, waits: Any) -> Any:
+    """Take chunks until none is left, and, where `waits`, until all are done: False where that takes long."""
+    rows, columns, hidden, features = get(job, _ROWS), get(job, _COLUMNS), get(job, _HIDDEN), get(job, _FEATURES)
+    hidden_chunk, chunk = get(job, _HIDDEN_CHUNK), get(job, _CHUNK)
+    x, hidden_values = float32_behind(job, 0), float32_behind(job, rows * columns)
+    powers = float32_behind(job, rows * (columns + hidden))
+    hidden_powers = float32_behind(job, rows * (columns + hidden + 1))
+    bias = np.float32(2.0 ** (_FP8_BIAS - _FP8_INPUTS) if is_fp8 else 1.0)
+    # The inputs; what is hidden, and its preparation; the outputs. Each needs what comes before it.
+    gates = 1
+    hidden_ready = gates + (hidden + hidden_chunk - 1) // hidden_chunk
+    downs = hidden_ready + (1 if hidden else 0)
+    end = downs + (features + chunk - 1) // chunk
+    while True:
+        mine = see(job, _NEXT)
+        if mine >= end:
+            break
+        needed = downs if mine >= downs else hidden_ready if mine >= hidden_ready else gates if mine >= gates else 0
+        if not _wait(job, needed):
+            return False
+        if not count(job, _NEXT, mine):
+            continue
+        if mine == 0:
+            if get(job, _IS_BFLOAT16):
+                _prepare(bfloat16_at(get(job, _INPUTS)), x, powers, rows, columns, is_fp8)
+            else:
+                _prepare(float32_at(get(job, _INPUTS)), x, powers, rows, columns, is_fp8)
+        elif hidden_ready <= mine < downs:
+            _prepare(hidden_values, hidden_values, hidden_powers, rows, hidden, is_fp8)
+        else:
+            is_gating = mine < hidden_ready
+            size, rows_of_weight = (hidden_chunk, hidden) if is_gating else (chunk, features)
+            start = (mine - (gates if is_gating else downs)) * size
+            is_first = is_gating or not hidden
+            for weight in range(_W1 if is_gating else _W2, _W2 if is_gating else _W2 + 1, _W3 - _W1):
+                _multiply(
+                    job,
+                    weight,
+                    at_same(weights, get(job, weight)),
+                    bias,
+                    x if is_first else hidden_values,
+                    powers if is_first else hidden_powers,
+                    columns if is_first else hidden,
+                    start,
+                    min(start + size, rows_of_weight),
+                )
+        while not count(job, _DONE, see(job, _DONE)):
+            pass
+    return not waits or _wait(job, end)
+
+
+@njit
+def _wait(job: Any, chunks: Any) -> Any:
+    for _ in range(_LOOKS):  # noqa: SIM110  # numba knows no generators in `any`
+        if see(job, _DONE) >= chunks:
+            return True
+    return False
+
+
+def _int8_kernel(job: Any, waits: Any) -> Any:
+    return _work(int64_at(job.ctypes.data), int8_at(0), False, waits)
+
+
+def _fp8_kernel(job: Any, waits: Any) -> Any:
+    return _work(int64_at(job.ctypes.data), fp8_at(0), True, waits)
+
+
+def _bfloat16_kernel(job: Any, waits: Any) -> Any:
+    return _work(int64_at(job.ctypes.data), bfloat16_at(0), False, waits)
+
+
+_SOURCES = {torch.int8: _int8_kernel, torch.float8_e4m3fn: _fp8_kernel, torch.bfloat16: _bfloat16_kernel}
+_kernels: dict[torch.dtype, Callable[[np.ndarray, bool], bool]] = {}
+_compiling = threading.Lock()
+
+
+def linear(inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """`inputs @ real(weight).T`.
+
+    Args:
+        inputs: [rows, in_features], at least one row, bfloat16 or float32, on the CPU.
+        weight: int8, float8_e4m3fn or bfloat16 [out_features, in_features], contiguous, beginning at any address.
+        scale: a float dtype, one element or [out_features]; None with bfloat16.
+
+    Returns:
+        [rows, out_features] in the dtype of `inputs`, summed in float32.
+    """
+    return _run(inputs, [(weight, scale)])
+
+
+def expert(inputs: torch.Tensor, weights: list[torch.Tensor], scales: list[torch.Tensor] | list[None]) -> torch.Tensor:
+    """`w2(silu(w1(inputs)) * w3(inputs))`, the tensors as in `linear`.
+
+    Args:
+        inputs: [rows, hidden_size].
+        weights: of w1, w3 (both [intermediate_size, hidden_size]) and w2, all of one dtype.
+        scales: in the same order.
+
+    Returns:
+        [rows, hidden_size] in the dtype of `inputs`.
+    """
+    return _run(inputs, list(zip(weights, scales, strict=True)))
+
+
+def _run(inputs: torch.Tensor, matrices: list[tuple[torch.Tensor, torch.Tensor | None]]) -> torch.Tensor:
+    inputs = inputs.contiguous()
+    rows, columns = inputs.shape
+    first, last = matrices[0][0], matrices[-1][0]
+    features = last.shape[0]
+    hidden = last.shape[1] if len(matrices) > 1 else 0
+    outputs = torch.empty(rows, features, dtype=inputs.dtype)
+    addresses = (inputs.data_ptr(), outputs.data_ptr(), inputs.dtype == torch.bfloat16)
+    sizes = (columns, hidden, features, _chunk(2 * columns, first.itemsize), _chunk(last.shape[1], last.itemsize))
+    fields, kept = [], []
+    for weight, scale in matrices:
+        scale, form = _scale_field(scale)
+        fields += [weight.data_ptr(), 0 if scale is None else scale.data_ptr(), form]
+        kept.append(scale)
+    if len(matrices) == 1:
+        fields *= 3
+    job = np.empty(_HEADER + rows * (columns + hidden + 2) // 2 + 1, np.int64)
+    job[: _W2 + 3] = (0, 0, 0, 0, 0, 0, 0, 0, rows, *addresses, *sizes, *fields)
+    kernel = _kernels.get(last.dtype) or _compiled(last.dtype)
+    if sum(weight.nbytes for weight, _ in matrices) >= ALONE_BYTES:
+        _wake_helpers(kernel, job)
+    _finish(kernel, job)
+    return outputs
+
+
+def _chunk(columns: int, itemsize: int) -> int:
+    """Weight rows in a chunk, a multiple of the four that are read together."""
+    return max(4, CHUNK_BYTES // (columns * itemsize) // 4 * 4)
+
+
+def _scale_field(scale: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
+    """Scales in a dtype that the kernels read, and their form."""
+    if scale is None:
+        return None, _NO_SCALE
+    if scale.dtype == torch.bfloat16 and scale.dim() == 1:
+        return scale, _BFLOAT16_SCALES
+    return scale.float(), _ONE_SCALE if scale.numel() == 1 else _FLOAT32_SCALES
+
+
+def _finish(kernel: Callable[[np.ndarray, bool], bool], job: np.ndarray) -> None:
+    try:
+        while not kernel(job, True):
+            time.sleep(0)
+    except BaseException:  # Ctrl-C; the helpers are still at work on memory that would be freed
+        while not kernel(job, True):
+            time.sleep(0)
+        raise
+
+
+def _wake_helpers(kernel: Callable[[np.ndarray, bool], bool], job: np.ndarray) -> None:
+    """Have as many threads as torch would take look for chunks; one that comes too late finds none."""
+    try:
+        for _ in range(torch.get_num_threads() - 1):
+            _pool().submit(kernel, job, False)
+    except RuntimeError:  # at the end of the interpreter no pool takes work any more
+        pass
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    """Threads, which it starts when they are needed."""
+    return ThreadPoolExecutor(os.cpu_count(), "skywork-hf-cpu-kernel")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # as threads do not live on there
+
+
+def _compiled(dtype: torch.dtype) -> Callable[[np.ndarray, bool], bool]:
+    """The kernel for weights of a dtype, from numba's cache on the disk where that can be."""
+    with _compiling:
+        if dtype not in _kernels:
+            notice = threading.Timer(
+                _SECONDS_TO_COMPILE, lambda: logger.warning("Compiling CPU kernels, which takes some seconds once ...")
+            )
+            notice.start()
+            signature = types.boolean(types.Array(types.int64, 1, "C"), types.boolean)
+            try:
+                _kernels[dtype] = njit(signature, nogil=True, cache=True)(_SOURCES[dtype])
+            except (RuntimeError, OSError):  # no folder for a cache, or a full one
+                _kernels[dtype] = njit(signature, nogil=True)(_SOURCES[dtype])
+            finally:
+                notice.cancel()
+        return _kernels[dtype]
