@@ -2,7 +2,7 @@
 
     python benchmarks/finetuning_memory.py
 
-Counted by the planner (`skywork_hf.placement.finetuning`), on the meta device: no weights, no GPU.
+Counted by the planner (`skywork_hf.training.memory`), on the meta device: no weights, no GPU.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 from peft import LoraConfig
 
 from skywork_hf import SkyworkConfig, SkyworkMoeConfig
-from skywork_hf.placement.finetuning import FinetuningMemory, finetuning_memory
-from skywork_hf.placement.hardware import CARDS, GIB
+from skywork_hf.placement.devices import CARDS, GIB
 from skywork_hf.placement.spread import DoesNotFit
+from skywork_hf.training.memory import FinetuningMemory, finetuning_memory
 
 RANK, TOKENS = 16, 2048
 MODELS = {"Skywork-13B": SkyworkConfig, "Skywork-MoE": SkyworkMoeConfig}

@@ -15,9 +15,9 @@ import torch
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from skywork_hf.demo import trained_checkpoint
-from skywork_hf.placement.finetuning import finetuning_memory
 from skywork_hf.tokenization_skywork import CHAT_TOKENS
 from skywork_hf.training import read_conversations, tokenize_conversations
+from skywork_hf.training.memory import finetuning_memory
 
 DATA = Path(__file__).parent / "data"
 HELD_OUT_EVERY = 10

@@ -14,7 +14,8 @@ from tiny import tiny_dense_config, tiny_moe_config
 
 from skywork_hf import plan_device_map
 from skywork_hf.placement import ExpertUsage
-from skywork_hf.placement.picture import device_styles, plan_figure, usage_figure
+from skywork_hf.placement.heatmap import usage_figure
+from skywork_hf.placement.picture import device_styles, plan_figure
 
 USAGE = ExpertUsage(
     [0, 1], torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1]]), torch.zeros(2, 4, 4, dtype=torch.int64), tokens=5
@@ -150,7 +151,7 @@ def test_pictures_are_drawn_in_threads_without_pyplot(tight, tmp_path, monkeypat
 
 
 def test_usage_is_coloured_by_how_often_an_expert_is_chosen():
-    figure = usage_figure(USAGE)
+    figure = usage_figure(USAGE.layers, USAGE.shares, USAGE.tokens, USAGE.share_of_hits(0.5))
     (image,) = figure.axes[0].collections
     # Each layer's 5 tokens choose 10 experts of 4, so that an even share is 2.5.
     expected = [[0.4, 0.8, 1.2, 1.6], [1.6, 1.2, 0.8, 0.4]]

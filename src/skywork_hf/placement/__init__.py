@@ -1,8 +1,7 @@
 """Expert-level placement: planned from the config alone, computed where the weights are."""
 
-from .hardware import measured_bandwidth
-from .plan import PlacementPlan
-from .planner import plan_device_map
+from .devices import measured_bandwidth
+from .plan import PlacementPlan, plan_device_map
 from .report import PlacementReport, placement_report
 from .usage import ExpertUsage, collect_expert_usage
 

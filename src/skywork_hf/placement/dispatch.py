@@ -18,10 +18,9 @@ from transformers.utils import logging
 from ..modeling_skywork_moe import SkyworkMoeDecoderLayer, SkyworkMoeExperts, compute_on
 from ..quantization.config import as_config
 from ..quantization.linear import SkyworkQuantizedLinear
-from .hardware import CPU, DISK, devices_of, fastest_seconds
+from .devices import CPU, DISK, Key, devices_of, fastest_seconds
 from .pages import read_only_when_told, will_be_read
-from .plan import PlacementPlan
-from .planner import plan_device_map
+from .plan import PlacementPlan, plan_device_map
 from .report import placement_report
 
 logger = logging.get_logger(__name__)
@@ -160,17 +159,17 @@ def _check_fits(plan: PlacementPlan, cls: Any, name: Any, kwargs: dict[str, Any]
         raise _not_planned("max_memory", memory, planned_memory)
     config = _config(cls, name, kwargs)
     here = replace(request, config=config, dtype=plan.dtype, quantization=asked or request.quantization)
-    one, other = here.precision(), request.precision()
+    one, other = here.precision, request.precision
     if (one.methods, one.modules_to_not_convert) != (other.methods, other.modules_to_not_convert):
         raise _not_planned("quantization_config", _named(one.methods), _named(other.methods))
     own = {field.name for field in fields(type(config))} - {field.name for field in fields(PreTrainedConfig)}
     changed = [field for field in sorted(own) if getattr(config, field) != getattr(request.config, field)]
-    if changed and replace(here.parts(), config=request.config) != replace(request.parts(), config=request.config):
+    if changed and replace(here.parts, config=request.config) != replace(request.parts, config=request.config):
         values, planned = (", ".join(str(getattr(of, field)) for field in changed) for of in (config, request.config))
         raise _not_planned("`, `".join(changed), values, planned)
 
 
-def _named(methods: dict[int | str, str]) -> dict[int | str, str]:
+def _named(methods: dict[Key, str]) -> dict[Key, str]:
     return {key: method or "not quantised" for key, method in methods.items()}
 
 

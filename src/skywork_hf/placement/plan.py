@@ -1,49 +1,40 @@
-"""A finished plan: what `from_pretrained` is to be given, and everything that a person wants to know of it."""
+"""`plan_device_map`: from a config and budgets to a plan, or to the reason why there is none."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.utils import CONFIG_NAME
 
-from ..quantization import matmul
-from .hardware import CPU, GIB, Device, device_like
-from .placer import Placement, place
-from .precision import PLAIN
-from .request import Request
-from .spread import DoesNotFit, Key
+from ..configuration_skywork import SkyworkConfig, SkyworkMoeConfig
+from ..untrusted import naming, read_json
+from . import saving
+from .advice import Comparison, refusal, with_one_more
+from .attempt import place
+from .devices import Key, devices_of
+from .heatmap import write
+from .picture import plan_figure
+from .problem import Request, Solution
+from .spread import DoesNotFit
+from .text import describe
+from .usage import ExpertUsage
+
+STRATEGIES = ("experts", "layers")
+_MOST_ROWS = 10**9  # tokens or sequences
 
 
-@dataclass(frozen=True)
-class PlacementPlan:
-    """Where each part and each expert of a model goes, in bytes.
-
-    Args:
-        request: what was planned.
-        placement: the device map, the bytes by device and kind, and what a decoded token reads.
-    """
-
-    request: Request
-    placement: Placement
-
-    @classmethod
-    def of(cls, request: Request) -> PlacementPlan:
-        """Plan it.
-
-        Raises:
-            DoesNotFit: not within its budgets.
-        """
-        return cls(request, place(request, request.parts()))
+class PlacementPlan(Solution):
+    """Where each part and each expert of a model goes, in bytes: what `from_pretrained` is to be given, and everything
+    that a person wants to know of it."""
 
     @property
     def title(self) -> str:
         """The model, and the sequences that were planned for."""
-        request = self.request
-        count = "one sequence" if request.batch_size == 1 else f"{request.batch_size} sequences"
-        return f"{request.name or request.model_class.__name__}: {count} of {request.context_tokens:,} tokens"
+        return self.request.title
 
     @property
     def device_map(self) -> dict[str, Key]:
@@ -53,44 +44,12 @@ class PlacementPlan:
     @property
     def quantization_config(self) -> Any:
         """For `from_pretrained`; None where the checkpoint needs none."""
-        return self.request.precision().config
+        return self.request.precision.config
 
     @property
     def dtype(self) -> torch.dtype:
         """Of what is not quantised, for `from_pretrained`."""
-        return self.request.precision().dtype
-
-    @property
-    def bytes_per_device(self) -> dict[Key, dict[str, int]]:
-        """Bytes by device and kind: dense, experts, cache, working, context."""
-        return self.placement.nbytes
-
-    @property
-    def bytes_read_per_token(self) -> dict[Key, float]:
-        """By device, what decoding a token reads there on average: weights, and the cache when it is full."""
-        read = self.placement.reading.nbytes
-        return {key: amount / self.request.batch_size for key, amount in read.items()}
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """The bound that the bandwidths set; None where one is unknown."""
-        return self.placement.reading.tokens_per_second(self.request.batch_size)
-
-    def experts_on(self, *keys: Key) -> int:
-        """How many experts these devices hold."""
-        return sum(key in keys for layer in self.placement.experts for key in layer)
-
-    def weight_bytes(self, key: Key) -> int:
-        """Bytes of parameters and buffers on a device."""
-        kinds = self.placement.nbytes[key]
-        return kinds["dense"] + kinds["experts"]
-
-    def kernel(self, key: Key) -> str:
-        """What an expert on this device runs for one token: a name of `quantization.matmul`, "linear" for weights
-        that are not quantised, or "bitsandbytes"."""
-        device = next(device for device in self.request.devices if device.key == key)
-        precision = self.request.precision()
-        return expected_kernel(precision.methods.get(key, PLAIN), device, precision.dtype, self.request.config)
+        return self.request.precision.dtype
 
     def will_it_help(self, card: str) -> Comparison:
         """What one more GPU would change; print it.
@@ -101,83 +60,178 @@ class PlacementPlan:
         Raises:
             ValueError: no such card is known, or with it the weights cannot stay where they are.
         """
-        more = self.request.with_gpus(device_like(card, self.request.gpus), 1)
-        try:
-            return Comparison(card, self, PlacementPlan.of(more))
-        except DoesNotFit as error:  # as bitsandbytes' weights, which cannot stay on the CPU beside a GPU
-            raise ValueError(
-                f"With a {card} the model no longer fits: {error.shortfall / GIB:.4g} GiB are missing on GPUs."
-            ) from None
+        return Comparison(card, self, with_one_more(self, card))
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
-        from .saving import save  # which has to know this class
+        saving.save(self, path)
 
-        save(self, path)
-
-    @staticmethod
-    def load(path: str | Path) -> PlacementPlan:
+    @classmethod
+    def load(cls, path: str | Path) -> PlacementPlan:
         """Read what `save` wrote.
 
         Raises:
             ValueError: the file is something else.
         """
-        from .saving import load
-
-        return load(path)
+        return cls(*saving.load(path))
 
     def draw(self, path: str | Path) -> None:
-        """Write the picture, layers by experts in the colours of their devices, as an image. Needs matplotlib."""
-        from .picture import draw_plan
+        """Write the picture, layers by experts in the colours of their devices, as an image. Needs matplotlib.
 
-        draw_plan(self, path)
+        Args:
+            path: of the image; its ending says which kind.
+
+        Raises:
+            ImportError: matplotlib is not there.
+            ValueError: an ending that is none of `heatmap.ENDINGS`.
+        """
+        write(plan_figure(self), path)
 
     def __str__(self) -> str:
         """The table of devices, the map in letters, and the bound."""
-        from .text import describe
-
         return describe(self)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A plan, and the one with a card more."""
+def plan_device_map(
+    model: str | Path | PreTrainedConfig,
+    max_memory: dict[Any, Any] | None = None,
+    quantization: Any = None,
+    *,
+    context_tokens: int | None = None,
+    batch_size: int = 1,
+    strategy: str = "experts",
+    expert_usage: ExpertUsage | str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+    bandwidth: dict[Any, float] | None = None,
+    stream_from_rows: int | None = None,
+    model_class: Any = None,
+    **config_options: Any,
+) -> PlacementPlan:
+    """Plan where each part and each expert of a model goes, from its config alone: no weights are read.
 
-    card: str
-    before: PlacementPlan
-    after: PlacementPlan
+    Attention, norms, gates, embeddings and LM head, with the cache of their layers, go to the fastest GPUs; the
+    experts of each layer are spread evenly over all GPUs; experts that do not fit go to the CPU, where they are
+    computed.
 
-    @property
-    def gib(self) -> float:
-        """GiB that the card adds."""
-        budgets = [sum(gpu.budget for gpu in plan.request.gpus) for plan in (self.before, self.after)]
-        return (budgets[1] - budgets[0]) / GIB
+    Args:
+        model: a folder, a name on the Hub, or a config.
+        max_memory: all that may be used on each device, as accelerate writes it: `{0: "22GiB", "cpu": "96GiB"}`. The
+            name of a card (`{0: "rtx4090"}`) stands for all of its memory, and tells its bandwidth and whether it has
+            an FP8 unit. None is what is free now on the devices of this machine. Weights on the CPU stay mapped from
+            safetensors files, so "cpu" may be more than the RAM; `{"disk": ...}` takes the experts that remain.
+        quantization: None for what the checkpoint is; "fp8", "int8", "bnb-int8", "nf4", "bf16", "fp16" or "fp32"; such
+            names by device, as in `{"gpu": "fp8", "cpu": "int8"}`; or a `quantization_config` of `from_pretrained`.
+        context_tokens: tokens of a sequence, prompt and answer; the cache of all of them, and a prompt as long, are
+            reckoned with. None is `config.max_position_embeddings`.
+        batch_size: sequences at a time.
+        strategy: "experts", or "layers" for whole layers one after another, as a dense model always has them.
+        expert_usage: counts of `collect_expert_usage`, or their file: the least used experts leave the GPUs first,
+            and those often chosen together are parted.
+        dtype: of what is not quantised and of the cache; None for the checkpoint's.
+        bandwidth: of a device's memory in GB/s, for the bound on tokens a second, where no card's name tells it:
+            `{"cpu": 60}`.
+        stream_from_rows: from how many rows (tokens of a prompt) on an expert that lives on the CPU is copied to its
+            layer's GPU and computed there. None measures it when the model is loaded.
+        model_class: the class that will be loaded; None is the causal language model.
+        config_options: for `AutoConfig.from_pretrained`, where `model` is no config: `revision`, `token`,
+            `experts_layout`, ...
 
-    @property
-    def experts_moved_off_the_cpu(self) -> int:
-        return self.before.experts_on(CPU) - self.after.experts_on(CPU)
+    Returns:
+        The plan; `plan.device_map` and `plan.quantization_config` are what `from_pretrained` takes.
 
-    def __str__(self) -> str:
-        from .text import compare
+    Raises:
+        ValueError: it does not fit: says how many GiB are missing and what would make it fit. Or an argument is wrong.
+    """
+    request = request_of(
+        model, quantization, context_tokens, batch_size, dtype, strategy, model_class, **config_options
+    )
+    _check_for_experts(request, expert_usage=expert_usage, stream_from_rows=stream_from_rows)
+    _check_counts(stream_from_rows=stream_from_rows)
+    devices = tuple(devices_of(max_memory, bandwidth))
+    usage = ExpertUsage.load(expert_usage) if isinstance(expert_usage, str | Path) else expert_usage
+    request = replace(request, devices=devices, usage=usage, stream_from_rows=stream_from_rows)
+    try:
+        return PlacementPlan(request, place(request, request.parts))
+    except DoesNotFit as error:
+        raise ValueError(refusal(request, error.shortfall)) from None
 
-        return compare(self)
+
+def request_of(
+    model: str | Path | PreTrainedConfig,
+    quantization: Any,
+    context_tokens: int | None,
+    batch_size: int,
+    dtype: torch.dtype | str | None,
+    strategy: str = "experts",
+    model_class: Any = None,
+    **config_options: Any,
+) -> Request:
+    """These arguments of `plan_device_map`, checked and understood, without devices.
+
+    Raises:
+        ValueError: an argument is wrong.
+    """
+    config = _config(model, config_options)
+    _check(config, strategy)
+    _check_counts(context_tokens=context_tokens, batch_size=batch_size)
+    model_class = model_class or AutoModelForCausalLM._model_mapping[type(config)]
+    return Request(
+        name=_name(str(config.name_or_path) if isinstance(model, PreTrainedConfig) else model) or model_class.__name__,
+        config=config,
+        model_class=model_class,
+        devices=(),
+        quantization=quantization,
+        dtype=dtype,
+        context_tokens=context_tokens or config.max_position_embeddings,
+        batch_size=batch_size,
+        strategy=strategy,
+        usage=None,
+        stream_from_rows=None,
+    )
 
 
-def expected_kernel(method: str, device: Device, dtype: torch.dtype, config: Any) -> str:
-    """What an expert's linears run for one token where `method` holds them: "a+b" where they run two kernels, "a/b"
-    where it is unknown which. See `PlacementPlan.kernel`."""
-    shapes = [(config.intermediate_size, config.hidden_size), (config.hidden_size, config.intermediate_size)]
-    if method.startswith("fp8"):
-        scheme = "none" if method == "fp8-weight-only" else "dynamic"
-        has_unit = [True, False] if device.has_fp8_unit is None else [device.has_fp8_unit]
-        return "/".join(
-            sorted({_joined(matmul.fp8_kernel(unit, shape, scheme) for shape in shapes) for unit in has_unit})
+def _name(model: str | Path) -> str:
+    """What people call it: a name on the Hub, or a folder's."""
+    return Path(model).name if Path(model).is_dir() else str(model)
+
+
+def _config(model: str | Path | PreTrainedConfig, options: dict[str, Any]) -> PreTrainedConfig:
+    if isinstance(model, PreTrainedConfig):
+        for name in options:
+            raise ValueError(f"`{name}` is for reading a config, and `model` is one already: set it there.")
+        return model
+    file = Path(model) / CONFIG_NAME
+    if file.exists():
+        read_json(file)  # refuses what transformers would trip over
+    with naming(file if file.exists() else model):
+        config, unused = AutoConfig.from_pretrained(model, return_unused_kwargs=True, **options)
+    for name in unused:
+        raise ValueError(f"`{name}` is unknown: expected an argument of `plan_device_map` or a field of the config.")
+    return config
+
+
+def _check(config: Any, strategy: str) -> None:
+    if not isinstance(config, SkyworkConfig | SkyworkMoeConfig):
+        raise ValueError(f"`model` is of type {config.model_type!r}: expected a Skywork model.")
+    if strategy not in STRATEGIES:
+        raise ValueError(f"`strategy`={strategy!r}: expected one of {', '.join(STRATEGIES)}.")
+    if strategy == "experts" and getattr(config, "experts_layout", None) == "fused":
+        raise ValueError(
+            'experts_layout="fused" holds the experts of a layer in one tensor, which cannot be spread: leave it '
+            'away, or take strategy="layers".'
         )
-    if method == "int8":
-        device_type = "cuda" if device.is_gpu else "cpu"
-        return _joined(matmul.int8_kernel(device_type, dtype, 1, shape, True) for shape in shapes)
-    return "linear" if method == PLAIN else "bitsandbytes"
 
 
-def _joined(names: Iterable[str]) -> str:
-    return "+".join(sorted(set(names)))
+def _check_for_experts(request: Request, **arguments: Any) -> None:
+    """Of arguments that do something only where experts are placed one by one."""
+    is_dense = isinstance(request.config, SkyworkConfig)
+    whole = "a dense model" if is_dense else f'strategy="{request.strategy}"'
+    for name, value in arguments.items():
+        if value is not None and (is_dense or request.strategy != "experts"):
+            raise ValueError(f"`{name}` is for experts that are placed one by one: leave it away with {whole}.")
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and not 1 <= value <= _MOST_ROWS:
+            raise ValueError(f"`{name}`={value}: expected 1 to {_MOST_ROWS:,}.")

@@ -11,7 +11,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig
 from ..configuration_skywork import FP8_METHOD
 from ..quantization.config import ALL, INT8_METHOD, WITHOUT_FP8, SkyworkFp8Config, SkyworkInt8Config, as_config
 from ..untrusted import naming
-from .hardware import CPU, DISK, Device, device_key
+from .devices import CPU, DISK, Device, Key, device_key
 
 PLAIN = ""
 BITSANDBYTES = ("bnb-int8", "nf4", "nf4-double")
@@ -35,7 +35,7 @@ class Precision:
     """
 
     dtype: torch.dtype
-    methods: dict[int | str, str]
+    methods: dict[Key, str]
     config: Any
     quantises: bool
     rewrites: bool
@@ -173,7 +173,7 @@ def _becomes_int8(int8_devices: Any, device: Device) -> bool:
     return int8_devices == ALL or not names.isdisjoint(int8_devices or ())
 
 
-def _explicit(asked: Any, methods: dict[int | str, str]) -> Any:
+def _explicit(asked: Any, methods: dict[Key, str]) -> Any:
     """The devices by name where they were to be found out: the plan knows cards that this machine may not have."""
     if isinstance(asked, SkyworkFp8Config) and asked.int8_devices == WITHOUT_FP8:
         int8 = [key for key, method in methods.items() if method == "int8" and key != DISK]

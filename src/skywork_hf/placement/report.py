@@ -15,10 +15,9 @@ from transformers.utils import logging
 from ..modeling_skywork_moe import SkyworkMoeExperts
 from ..quantization import matmul
 from ..quantization.linear import SkyworkFp8Linear, SkyworkInt8Linear
-from .hardware import CPU, DISK, GIB
-from .memory import statistics_bytes
+from .devices import CPU, DISK, GIB, Key
 from .plan import PlacementPlan
-from .spread import Key
+from .sizes import statistics_bytes
 
 logger = logging.get_logger(__name__)
 

@@ -14,11 +14,9 @@ from .. import modeling_skywork, modeling_skywork_moe
 from ..configuration_skywork import SkyworkConfig
 from ..quantization.config import SkyworkFp8Config, SkyworkInt8Config
 from ..untrusted import read_json
-from .cost import Reading
-from .hardware import Device
-from .placer import Placement
-from .plan import PlacementPlan
-from .request import Request
+from .devices import Device
+from .problem import Placement, Request, Solution
+from .speed import Reading
 from .usage import ExpertUsage
 
 _FORMAT = "skywork_hf placement plan 1"
@@ -29,7 +27,7 @@ _MODEL_CLASSES = {
 }
 
 
-def save(plan: PlacementPlan, path: str | Path) -> None:
+def save(plan: Solution, path: str | Path) -> None:
     """Write `plan`. Dicts whose keys are devices are written as lists of pairs, as JSON's keys are strings."""
     request, placement = plan.request, plan.placement
     content = {
@@ -39,7 +37,7 @@ def save(plan: PlacementPlan, path: str | Path) -> None:
         "model_class": request.model_class.__name__,
         "devices": [asdict(device) for device in request.devices],
         "quantization": _quantization_to_json(request.quantization),
-        "dtype": str(plan.dtype).removeprefix("torch."),
+        "dtype": str(request.precision.dtype).removeprefix("torch."),
         "usage": request.usage and request.usage.to_dict(),
         "device_map": _pairs(placement.device_map),
         "dense": placement.dense,
@@ -51,7 +49,7 @@ def save(plan: PlacementPlan, path: str | Path) -> None:
     Path(path).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def load(path: str | Path) -> PlacementPlan:
+def load(path: str | Path) -> tuple[Request, Placement]:
     """Read what `save` wrote.
 
     Raises:
@@ -61,14 +59,14 @@ def load(path: str | Path) -> PlacementPlan:
         content = read_json(Path(path))
         if content["format"] != _FORMAT:
             raise ValueError(f"its format is {content['format']!r}, expected {_FORMAT!r}")
-        return PlacementPlan(_request(content), _placement(content))
+        return _request(content), _placement(content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no placement plan ({error}): write one with `plan.save`.") from error
 
 
 def _request(content: dict[str, Any]) -> Request:
     return Request(
-        **{name: content[name] for name in _PLAIN},
+        **{name: content[name] for name in _PLAIN} | {"name": content["name"] or content["model_class"]},
         config=SkyworkConfig.from_dict(content["config"]),
         model_class=_MODEL_CLASSES[content["model_class"]],
         devices=tuple(Device(**device) for device in content["devices"]),

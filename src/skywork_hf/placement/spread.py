@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from .hardware import CPU, DISK, Device
+from .devices import CPU, DISK, Device, Key
 
-Key = int | str
 # GPUs this much slower than the fastest still count as equally fast.
 _SAME_SPEED = 0.9
 

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from .hardware import CPU, DISK, GIB
-from .placer import KINDS
-from .plan import Comparison, PlacementPlan
+from .devices import CPU, DISK, GIB, Key
 from .precision import PLAIN
-from .spread import Key
+from .problem import KINDS, Solution
 
 _COLUMNS = ("dense", "experts", "KV cache", "working", "context", "total", "budget", "read a token")
 _LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def describe(plan: PlacementPlan) -> str:
+def describe(plan: Solution) -> str:
     """The table of devices in GiB, the map, and the bound."""
-    return "\n".join([f"{plan.title}; GiB", *_table(plan), "", *_map(plan), "", *_conclusions(plan)])
+    return "\n".join([f"{plan.request.title}; GiB", *_table(plan), "", *_map(plan), "", *_conclusions(plan)])
 
 
-def _table(plan: PlacementPlan) -> list[str]:
+def _table(plan: Solution) -> list[str]:
     weights = {device.key: _weights(plan, device.key) for device in plan.request.devices}
     width = max(map(len, weights.values())) + 1
     rows = [f"{'device':16}{'weights':{width}}" + "".join(f"{name:>{_width(name)}}" for name in _COLUMNS)]
@@ -43,7 +41,7 @@ def _digits(size: float) -> int:
     return 2 if size >= GIB // 10 or size == 0 else 5
 
 
-def device_name(plan: PlacementPlan, key: Key) -> str:
+def device_name(plan: Solution, key: Key) -> str:
     """A device as people call it: "GPU 0 rtx4090", "CPU"."""
     if key in (CPU, DISK):
         return str(key).upper() if key == CPU else "disk"
@@ -51,13 +49,13 @@ def device_name(plan: PlacementPlan, key: Key) -> str:
     return f"GPU {key} {name}".rstrip()
 
 
-def _weights(plan: PlacementPlan, key: Key) -> str:
-    precision = plan.request.precision()
+def _weights(plan: Solution, key: Key) -> str:
+    precision = plan.request.precision
     method = precision.methods.get(key, PLAIN) or str(precision.dtype).removeprefix("torch.")
     return f"{method} ({plan.kernel(key)})" if plan.weight_bytes(key) else "-"
 
 
-def _map(plan: PlacementPlan) -> list[str]:
+def _map(plan: Solution) -> list[str]:
     """One line a layer: the device of its dense part, then that of each expert."""
     placement = plan.placement
     if not any(placement.experts):
@@ -76,8 +74,8 @@ def letter(key: Key) -> str:
     return _LETTERS[number % len(_LETTERS)]
 
 
-def _conclusions(plan: PlacementPlan) -> list[str]:
-    lines = [f"at most {speed(plan)}"]
+def _conclusions(plan: Solution) -> list[str]:
+    lines = [f"at most {bound(plan)}"]
     total = sum(map(len, plan.placement.experts))
     away = plan.experts_on(CPU, DISK)
     if away and plan.request.gpus:
@@ -100,9 +98,9 @@ def _conclusions(plan: PlacementPlan) -> list[str]:
     return lines + _about_16_bit(plan)
 
 
-def _about_16_bit(plan: PlacementPlan) -> list[str]:
+def _about_16_bit(plan: Solution) -> list[str]:
     """What float16 risks, and what bfloat16 costs on cards that are older than it."""
-    dtype, request = plan.request.precision().dtype, plan.request
+    dtype, request = plan.request.precision.dtype, plan.request
     overflow = "experts may compute values beyond 65,504, which float16 cannot hold"
     has_experts = hasattr(request.config, "num_local_experts")
     if dtype is torch.float16 and has_experts:
@@ -114,7 +112,7 @@ def _about_16_bit(plan: PlacementPlan) -> list[str]:
     return []
 
 
-def speed(plan: PlacementPlan) -> str:
+def bound(plan: Solution) -> str:
     """The bound on tokens a second, and what sets it."""
     found = plan.placement.reading.bottleneck
     if plan.tokens_per_second is None or found is None:
@@ -123,15 +121,3 @@ def speed(plan: PlacementPlan) -> str:
     kind, key, share = found
     where = device_name(plan, key)
     return f"{plan.tokens_per_second:.3g} tokens a second, {share:.0%} of the time reading {kind} on {where}"
-
-
-def compare(comparison: Comparison) -> str:
-    """What one more card changes."""
-    before, after = comparison.before, comparison.after
-    lines = [
-        f"One more {comparison.card}: {comparison.gib:.4g} GiB, {comparison.experts_moved_off_the_cpu} experts off "
-        f"the CPU ({before.experts_on(CPU)} before, {after.experts_on(CPU)} after)",
-        f"  before: at most {speed(before)}",
-        f"  after:  at most {speed(after)}",
-    ]
-    return "\n".join(lines)

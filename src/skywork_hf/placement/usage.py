@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..modeling_skywork_moe import SkyworkMoeGate, routing_probabilities
 from ..untrusted import read_json
+from .heatmap import usage_figure, write
 
 # Beyond it floating-point numbers skip integers.
 _MOST_COUNTED = 2**53
@@ -97,9 +98,7 @@ class ExpertUsage:
 
     def draw(self, path: str | Path) -> None:
         """Write the heat map, layers by experts, as an image. Needs matplotlib."""
-        from .picture import draw_usage
-
-        draw_usage(self, path)
+        write(usage_figure(self.layers, self.shares, self.tokens, self.share_of_hits(0.5)), path)
 
 
 def _numbers(content: Any) -> torch.Tensor:

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from ..quantization import formats
 from ..quantization.linear import SkyworkFp8Linear, SkyworkInt8Linear
 from ..quantization.quantizers import linears_to_quantize
-from .hardware import GIB
+from .devices import GIB
 from .precision import BITSANDBYTES
 
 # What a CUDA context and cuBLAS's workspace take on a GPU before the first tensor: 300 to 500 MiB, by card and driver.
@@ -117,17 +117,17 @@ class ModelParts:
     """A model's parts in the order in which a forward pass meets them, and what the sizes of everything else need.
 
     Args:
-        head: embeddings and rotary tables.
+        embeddings: with the rotary tables.
         layers: the decoder layers.
-        tail: the last norm and the head.
-        is_tied: head and embeddings share their weight, so that they belong on one device.
+        lm_head: with the last norm; that alone, or a classifier's head, where the model is another.
+        is_tied: LM head and embeddings share their weight, so that they belong on one device.
     """
 
     config: Any
     itemsize: int
-    head: Part
+    embeddings: Part
     layers: list[LayerParts]
-    tail: Part
+    lm_head: Part
     is_tied: bool
 
     @property
@@ -192,13 +192,13 @@ def model_parts(
         return _part(model, names, quantised)
 
     layers = [_layer_parts(part, f"{prefix}layers.{n}", layer) for n, layer in enumerate(base.layers)]
-    head = part(*(f"{prefix}{name}" for name in ("embed_tokens", "rotary_emb")))
+    embeddings = part(*(f"{prefix}{name}" for name in ("embed_tokens", "rotary_emb")))
     others = [name for name, _ in model.named_children() if name != model.base_model_prefix] if prefix else []
     is_tied = bool(model.all_tied_weights_keys)
-    tail = part(f"{prefix}norm", *others)
+    lm_head = part(f"{prefix}norm", *others)
     if is_tied:
-        tail.plain -= base.embed_tokens.weight.nbytes
-    return ModelParts(model.config, dtype.itemsize, head, layers, tail, is_tied)
+        lm_head.plain -= base.embed_tokens.weight.nbytes
+    return ModelParts(model.config, dtype.itemsize, embeddings, layers, lm_head, is_tied)
 
 
 def _part(model: nn.Module, names: tuple[str, ...], quantised: dict[str, nn.Linear]) -> Part:

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from simulated_device import SimulatedDevices
-from test_placement_memory import QUANTIZATIONS, WIDE, loaded_bytes, peak_of_a_forward
+from test_placement_sizes import QUANTIZATIONS, WIDE, loaded_bytes, peak_of_a_forward
 from tiny import tiny_dense_config, tiny_moe_config, tokens
 from transformers import AutoModelForCausalLM
 
 from skywork_hf import SkyworkConfig, SkyworkForCausalLM, SkyworkMoeConfig, SkyworkMoeForCausalLM
-from skywork_hf.placement.finetuning import FinetuningMemory, finetuning_memory
 from skywork_hf.placement.spread import DoesNotFit
+from skywork_hf.training.memory import FinetuningMemory, finetuning_memory
 
 peft = pytest.importorskip("peft")
 
@@ -34,7 +34,7 @@ def lora(targets: str = "all", **options: Any) -> Any:
 
 
 def load(folder: Any, memory: FinetuningMemory) -> Any:
-    precision = memory.request.precision()
+    precision = memory.request.precision
     options = {"dtype": precision.dtype, "quantization_config": precision.config}
     return AutoModelForCausalLM.from_pretrained(folder, **options)
 

@@ -1,4 +1,4 @@
-"""What training adapters (LoRA, QLoRA) takes, in bytes: the planner's parts, with what training adds to each."""
+"""What training adapters (LoRA, QLoRA) takes, in bytes: the placement's parts, with what training adds to each."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from .hardware import GIB, Device, devices_of
-from .memory import LayerParts, ModelParts, Part
-from .placer import Placement, place
-from .planner import request_of
-from .request import Request
+from ..placement.attempt import place
+from ..placement.devices import GIB, Device, devices_of
+from ..placement.plan import request_of
+from ..placement.problem import Placement, Request
+from ..placement.sizes import LayerParts, ModelParts, Part
 
 # AdamW's two moving averages, each in the dtype of its parameter.
 _ADAMW_STATES = 2
@@ -251,7 +251,7 @@ def finetuning_memory(
 def _training_parts(
     request: Request, adapters: dict[str, Adapters], rank: int, gradient_checkpointing: bool
 ) -> TrainingParts:
-    parts = request.parts()
+    parts = request.parts
 
     def trained(part: Part) -> Part:
         return replace(part, plain=part.plain + _sum(adapters[name] for name in part.names).training_bytes)
@@ -260,13 +260,13 @@ def _training_parts(
         LayerParts(layer.name, trained(layer.dense), [trained(expert) for expert in layer.experts])
         for layer in parts.layers
     ]
-    changed = {"head": trained(parts.head), "layers": layers, "tail": trained(parts.tail)}
+    changed = {"embeddings": trained(parts.embeddings), "layers": layers, "lm_head": trained(parts.lm_head)}
     return TrainingParts(**{**vars(parts), **changed}, rank=rank, gradient_checkpointing=gradient_checkpointing)
 
 
 def _placed_modules(parts: ModelParts) -> list[str]:
     layers = [part for layer in parts.layers for part in (layer.dense, *layer.experts)]
-    return [name for part in (parts.head, *layers, parts.tail) for name in part.names]
+    return [name for part in (parts.embeddings, *layers, parts.lm_head) for name in part.names]
 
 
 def _sum(adapters: Iterable[Adapters]) -> Adapters:
@@ -281,9 +281,9 @@ def _adapters_by_part(request: Request, lora: Any) -> dict[str, Adapters]:
     if not isinstance(lora, LoraConfig):
         raise ValueError(f"`lora` is of type {type(lora).__name__}: expected a peft.LoraConfig.")
     with torch.device("meta"):
-        model = request.model_class._from_config(deepcopy(request.config), dtype=request.precision().dtype)
+        model = request.model_class._from_config(deepcopy(request.config), dtype=request.precision.dtype)
         adapted = get_peft_model(model, deepcopy(lora))  # which writes into its config
-    found = dict.fromkeys(_placed_modules(request.parts()), Adapters(0, 0))
+    found = dict.fromkeys(_placed_modules(request.parts), Adapters(0, 0))
     for path, parameter in adapted.named_parameters():
         if parameter.requires_grad:
             module = _enclosing(path.removeprefix("base_model.model."), found)

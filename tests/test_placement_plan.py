@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from skywork_hf import SkyworkConfig, SkyworkFp8Config, SkyworkInt8Config, SkyworkMoeConfig, plan_device_map
 from skywork_hf.placement import ExpertUsage, PlacementPlan
-from skywork_hf.placement.hardware import GIB, devices_of
+from skywork_hf.placement.devices import GIB, devices_of
 
 FULL = SkyworkMoeConfig()
 HIDDEN, FFN, LAYERS, EXPERTS, TOKENS = 4608, 12288, 52, 16, 8192
@@ -407,7 +407,7 @@ def test_every_form_of_quantization(config, quantization, methods):
     on_gpus_alone = isinstance(quantization, BitsAndBytesConfig)
     cards = dict.fromkeys(range(2), "h200") if on_gpus_alone else {0: "rtx4090", 1: "rtx3090"}
     plan = plan_device_map(config, {**cards, "cpu": "400GiB"}, quantization)
-    assert tuple(plan.request.precision().methods.values()) == methods
+    assert tuple(plan.request.precision.methods.values()) == methods
     if quantization is None:
         assert plan.quantization_config is None
     else:

@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-from .cost import Reading, reading_of
-from .hardware import CPU, DISK, Device
-from .memory import CUDA_CONTEXT, ModelParts, Part
+from .devices import CPU, DISK, Device, Key
 from .precision import BITSANDBYTES, PLAIN
-from .request import Request
-from .spread import DoesNotFit, Key, spread_dense, spread_experts
-
-# What bytes are counted by.
-KINDS = ("dense", "experts", "cache", "working", "context")
-
-
-@dataclass
-class Placement:
-    """Where everything goes.
-
-    Args:
-        device_map: module names to devices.
-        dense: the device of each layer's dense part.
-        experts: by layer, the device of each expert; empty for a layer without.
-        nbytes: by device and kind (`KINDS`).
-        reading: what a decoded token reads.
-    """
-
-    device_map: dict[str, Key]
-    dense: list[Key]
-    experts: list[list[Key]]
-    nbytes: dict[Key, dict[str, int]]
-    reading: Reading
+from .problem import KINDS, Placement, Request
+from .sizes import CUDA_CONTEXT, ModelParts, Part
+from .speed import reading_of
+from .spread import DoesNotFit, spread_dense, spread_experts
 
 
 def place(request: Request, parts: ModelParts) -> Placement:
@@ -41,19 +18,19 @@ def place(request: Request, parts: ModelParts) -> Placement:
     Raises:
         DoesNotFit: not within these budgets.
     """
-    placer = _Placer(request, parts)
+    attempt = _Attempt(request, parts)
     try:
-        return placer.place(streams=False)
+        return attempt.place(streams=False)
     except DoesNotFit:
-        if not placer.may_stream:
+        if not attempt.may_stream:
             raise
-        return placer.place(streams=True)
+        return attempt.place(streams=True)
 
 
-class _Placer:
+class _Attempt:
     def __init__(self, request: Request, parts: ModelParts) -> None:
         self.request, self.parts = request, parts
-        self.precision = request.precision()
+        self.precision = request.precision
         self.gpus = [gpu for gpu in request.gpus if gpu.budget > 0]
         self.devices = self._usable_devices()
         self.moe_layers = [layer for layer in parts.layers if layer.experts]
@@ -124,11 +101,13 @@ class _Placer:
 
     @property
     def _dense_units(self) -> list[tuple[list[Part], int]]:
-        """What goes to one device as a whole, in the order of the forward pass: head, layers and tail, each with the
-        bytes of its cache."""
-        head, tail = self.parts.head, self.parts.tail
+        """What goes to one device as a whole, in the order of the forward pass: embeddings, layers, norm and LM
+        head, each with the bytes of its cache."""
+        embeddings, lm_head = self.parts.embeddings, self.parts.lm_head
         layers = [([layer.dense], self.parts.kv_bytes(self.request.tokens)) for layer in self.parts.layers]
-        return [([head, tail], 0), *layers] if self.parts.is_tied else [([head], 0), *layers, ([tail], 0)]
+        if self.parts.is_tied:
+            return [([embeddings, lm_head], 0), *layers]
+        return [([embeddings], 0), *layers, ([lm_head], 0)]
 
     def _place_dense(self, streams: bool) -> tuple[list[Key], dict[Key, int]]:
         """The device of each dense unit, and the bytes that they take on each."""
@@ -180,7 +159,7 @@ class _Placer:
             if any(kinds.values()):
                 kinds |= {"working": self._working(key, key in dense, streams), "context": self._context(key)}
         layers = dense[1:] if self.parts.is_tied else dense[1:-1]
-        tail = dense[0] if self.parts.is_tied else dense[-1]
+        lm_head = dense[0] if self.parts.is_tied else dense[-1]
         tokens = self.request.tokens, self.request.batch_size
-        reading = reading_of(self.parts, self._size, self.devices, layers, tail, experts, tokens, self.loads)
+        reading = reading_of(self.parts, self._size, self.devices, layers, lm_head, experts, tokens, self.loads)
         return Placement(device_map, layers, experts, nbytes, reading)

@@ -1,17 +1,21 @@
-"""What a decoded token has to read, and so how many tokens a second there can be at most."""
+"""What a decoded token has to read and by which kernels, and so how many tokens a second there can be at most."""
 
 from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb, prod
+from typing import Any
 
-from .hardware import Device
-from .memory import ModelParts, Part
-from .spread import Key
+import torch
+
+from ..quantization import matmul
+from .devices import Device, Key
+from .precision import PLAIN
+from .sizes import ModelParts, Part
 
 # More sets of chosen experts than this are sampled, with a fixed seed; so many in each layer.
 _MOST_SETS, _DRAWS = 2000, 200
@@ -43,12 +47,33 @@ class Reading:
         return kind, key, self.seconds[kind, key] / sum(self.seconds.values())
 
 
+def expected_kernel(method: str, device: Device, dtype: torch.dtype, config: Any) -> str:
+    """What an expert's linears run for one token where `method` holds them: "a+b" where they run two kernels, "a/b"
+    where it is unknown which. Names are those of `quantization.matmul`,
+    "linear" for weights that are not quantised, and "bitsandbytes"."""
+    shapes = [(config.intermediate_size, config.hidden_size), (config.hidden_size, config.intermediate_size)]
+    if method.startswith("fp8"):
+        scheme = "none" if method == "fp8-weight-only" else "dynamic"
+        has_unit = [True, False] if device.has_fp8_unit is None else [device.has_fp8_unit]
+        return "/".join(
+            sorted({_joined(matmul.fp8_kernel(unit, shape, scheme) for shape in shapes) for unit in has_unit})
+        )
+    if method == "int8":
+        device_type = "cuda" if device.is_gpu else "cpu"
+        return _joined(matmul.int8_kernel(device_type, dtype, 1, shape, True) for shape in shapes)
+    return "linear" if method == PLAIN else "bitsandbytes"
+
+
+def _joined(names: Iterable[str]) -> str:
+    return "+".join(sorted(set(names)))
+
+
 def reading_of(
     parts: ModelParts,
     size: Callable[[Part, Key], int],
     devices: dict[Key, Device],
     dense: Sequence[Key],
-    tail: Key,
+    lm_head: Key,
     experts: Sequence[Sequence[Key]],
     tokens: tuple[int, int],
     loads: Sequence[Sequence[float]] | None,
@@ -61,7 +86,7 @@ def reading_of(
     Args:
         size: bytes of a part on a device.
         dense: the device of each layer's dense part.
-        tail: that of the head, of which all is read; of the embeddings a token reads one row, which is nothing.
+        lm_head: that of the LM head, of which all is read; of the embeddings a token reads one row, which is nothing.
         experts: by layer, that of each expert.
         tokens: of the full cache, all sequences together, and the number of sequences.
         loads: by MoE layer, how often each expert is chosen; None for equally often.
@@ -78,8 +103,9 @@ def reading_of(
         nbytes[key] += amount
         seconds[kind, key] += amount / speed(key) if speed(key) else 0
 
-    # A tied head is the embeddings.
-    read("dense part", tail, size(parts.tail, tail) + (size(parts.head, tail) if parts.is_tied else 0))
+    # A tied LM head is the embeddings.
+    tied = size(parts.embeddings, lm_head) if parts.is_tied else 0
+    read("dense part", lm_head, size(parts.lm_head, lm_head) + tied)
     moe_layer = 0
     for layer, key, places in zip(parts.layers, dense, experts, strict=True):
         read("dense part", key, size(layer.dense, key) + parts.kv_bytes(context))

@@ -21,7 +21,7 @@ from skywork_hf import (
     placement_report,
     plan_device_map,
 )
-from skywork_hf.placement.memory import model_parts
+from skywork_hf.placement.sizes import model_parts
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}

@@ -14,14 +14,15 @@ from transformers.integrations.accelerate import get_max_memory
 
 GIB = 2**30
 CPU, DISK = "cpu", "disk"
+# A device as device maps write it: 0, 1, ... for GPUs, "cpu", "disk".
+Key = int | str
 FP8_CAPABILITY = (8, 9)
 BF16_CAPABILITY = (8, 0)
 # Bytes copied to measure a bandwidth: more than any cache holds.
 _PROBE = 2**28
 # No memory is slower, faster or larger; beyond these, times and sizes are no numbers.
 _LEAST_SPEED, _MOST_SPEED, _MOST_MEMORY = 0.001, 1_000_000, 2**60
-
-
+# What drivers and shops put before a name.
 _MAKERS = ("nvidia", "geforce", "tesla", "quadro", "generation")
 
 
@@ -70,7 +71,6 @@ class Device:
     """One place for weights.
 
     Args:
-        key: as device maps write it: 0, 1, ... for GPUs, "cpu", "disk".
         name: a card of `CARDS`, or what the machine calls it, or "".
         budget: bytes that may be used in all.
         bandwidth: of its memory, in bytes a second; None where nobody said.
@@ -78,7 +78,7 @@ class Device:
         has_bf16_unit: whether it multiplies bfloat16; None where nobody said.
     """
 
-    key: int | str
+    key: Key
     name: str
     budget: int
     bandwidth: float | None = None
@@ -123,7 +123,7 @@ def devices_of(max_memory: dict[Any, Any] | None, bandwidth: dict[Any, float] | 
     return sorted(devices, key=lambda device: (order.get(str(device.key), 0), str(device.key).rjust(8)))
 
 
-def device_key(key: Any) -> int | str:
+def device_key(key: Any) -> Key:
     """A device as plans call it: "cuda:1" is 1."""
     text = str(key).removeprefix("cuda:")
     if text.isdigit():
@@ -136,7 +136,7 @@ def device_key(key: Any) -> int | str:
     return text
 
 
-def _device(key: int | str, value: Any, bandwidth: dict[int | str, float]) -> Device:
+def _device(key: Key, value: Any, bandwidth: dict[Key, float]) -> Device:
     if key in (CPU, DISK):
         return Device(key, "", _bytes(key, value), bandwidth.get(key), False)
     named = _find_card(value) if isinstance(value, str) else None
@@ -157,7 +157,7 @@ def _speed(key: Any, value: float) -> float:
     return value * 1e9
 
 
-def _bytes(key: int | str, value: Any) -> int:
+def _bytes(key: Key, value: Any) -> int:
     try:
         size = int(convert_file_size_to_int(value) if isinstance(value, str) else value)
     except (ValueError, TypeError, OverflowError):
@@ -169,7 +169,7 @@ def _bytes(key: int | str, value: Any) -> int:
     return size
 
 
-def _card_here(key: int | str) -> tuple[str, Card | None]:
+def _card_here(key: Key) -> tuple[str, Card | None]:
     """The name and figures of the GPU with this number in this machine, as far as they are known."""
     if not (isinstance(key, int) and torch.cuda.is_available() and key < torch.cuda.device_count()):
         return "", None
