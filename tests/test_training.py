@@ -32,7 +32,7 @@ from transformers.utils import ModelOutput
 import skywork_hf
 from skywork_hf import AdaptiveAuxLossCallback, SkyworkForCausalLM, SkyworkInt8Config, SkyworkMoeForCausalLM
 from skywork_hf.modeling_skywork_moe import load_balancing_loss, routing_probabilities
-from skywork_hf.training import picture
+from skywork_hf.training import aux_loss
 from skywork_hf.training.aux_loss import adapted, logger
 from skywork_hf.training.router_load import RouterLoad, balanced_drop_rate, load_of_step, router_sums
 
@@ -43,7 +43,7 @@ VOCABULARY = 67
 def pictures(monkeypatch) -> list[Path]:
     """Where pictures would be: drawing takes longer than the trainings here. `test_examples.py` draws."""
     asked: list[Path] = []
-    monkeypatch.setattr(picture, "draw_router", lambda *given: asked.append(given[-1]))
+    monkeypatch.setattr(aux_loss, "draw_router", lambda *given: asked.append(given[-1]))
     return asked
 
 

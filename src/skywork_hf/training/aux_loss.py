@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..configuration_skywork import SkyworkMoeConfig
 from ..modeling_skywork_moe import SkyworkMoeForCausalLM, share_of_step
+from .picture import draw_router
 from .router_load import RouterLoad, balanced_drop_rate, load_of_step, router_sums
 
 logger = logging.get_logger(__name__)
@@ -190,8 +191,6 @@ class AdaptiveAuxLossCallback(TrainerCallback, ExportableState):
         if importlib.util.find_spec("matplotlib") is None:
             logger.warning(f"{path.name} is not drawn: it needs matplotlib (pip install skywork-hf[figures]).")
             return
-        from .picture import draw_router
-
         draw_router(state.log_history, self._last, moe_layers(self._model.config), path)
 
 
