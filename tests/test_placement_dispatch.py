@@ -134,10 +134,12 @@ def test_the_kernel_is_told_which_experts_on_disk_will_be_read(monkeypatch):
     advised.clear()
     seen = expert_devices(model)
     logits_of(model, tokens(1, 3, vocab=200))
-    ran = [model.get_submodule(name) for name, devices in seen.items() if devices and ".0.block" in name]
-    assert 2 <= len(ran) <= 6
+    on_disk = [name for name, place in model.hf_device_map.items() if place == "disk"]
+    ran = [model.get_submodule(name) for name in on_disk if seen[name]]
+    assert ran
     weights = {parameter.data_ptr() for expert in ran for parameter in expert.parameters()}
-    assert advised == [("MADV_WILLNEED", weights)]  # the other layer has nothing on the disk
+    # Not those on the CPU, and the other layer has nothing on the disk.
+    assert advised == [("MADV_WILLNEED", weights)]
 
 
 def test_only_chosen_experts_are_read_from_a_disk_where_gradients_are_recorded(monkeypatch, tmp_path):

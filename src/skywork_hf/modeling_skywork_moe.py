@@ -6,7 +6,6 @@ load-balancing loss (eq. 4).
 """
 
 # No `from __future__ import annotations`: transformers' common tests read the types in `forward`'s signature.
-from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any, Unpack
@@ -14,7 +13,6 @@ from typing import Any, Unpack
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -44,25 +42,39 @@ from .overflow import OverflowWatch
 
 logger = logging.get_logger(__name__)
 
+# So little that it only keeps logits that are all equal from being divided by 0.
+_NO_VARIANCE = torch.finfo(torch.float32).eps ** 2
 
-def routing_probabilities(router_logits: torch.Tensor, config: SkyworkMoeConfig) -> torch.Tensor:
-    """The softmax over all experts of the gate's logits, normalised first if the config says so (eq. 5-6).
 
-    Eq. 6 also subtracts the mean, which a softmax does not see. A row whose logits are all equal (the standard
-    deviation is 0) is left as it is: all experts equally likely, where the formula says 0 / 0.
+def normalisation(config: SkyworkMoeConfig) -> float | None:
+    """By what `normalised` multiplies the gate's logits; None where the config has them as they are."""
+    if not config.moe_use_logits_norm:
+        return None
+    # `layer_norm` divides the sum of squares by n, and eq. 6 by n - 1.
+    return config.moe_gate_norm_std * (1 - 1 / config.num_local_experts) ** 0.5
+
+
+def normalised(router_logits: torch.Tensor, factor: float | None) -> torch.Tensor:
+    """The gate's logits as its softmax takes them (eq. 6): less their mean, over their standard deviation, times
+    `moe_gate_norm_std`. A row whose logits are all equal (the standard deviation is 0) has all experts equally likely
+    afterwards, where the formula says 0 / 0.
 
     Args:
         router_logits: [tokens, experts], as the gate's projection gives them, any dtype.
+        factor: the `normalisation` of the config.
 
     Returns:
-        float32 [tokens, experts]; each row sums to 1.
+        float32 [tokens, experts].
     """
     logits = router_logits.float()
-    if config.moe_use_logits_norm:
-        # The variance, as the standard deviation has no finite gradient at 0.
-        variance = logits.var(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).eps ** 2)
-        logits = logits * (config.moe_gate_norm_std * torch.rsqrt(variance))
-    return torch.softmax(logits, dim=-1)
+    if factor is None:
+        return logits
+    return F.layer_norm(logits, logits.shape[-1:], eps=_NO_VARIANCE) * factor
+
+
+def routing_probabilities(router_logits: torch.Tensor, config: SkyworkMoeConfig) -> torch.Tensor:
+    """The softmax over all experts of the `normalised` logits (eq. 5-6): float32 [tokens, experts]."""
+    return torch.softmax(normalised(router_logits, normalisation(config)), dim=-1)
 
 
 def load_balancing_loss(
@@ -125,7 +137,7 @@ class SkyworkMoeGate(MixtralTopKRouter):
 
     def __init__(self, config: SkyworkMoeConfig) -> None:
         super().__init__(config)
-        self.config = config
+        self.normalisation = normalisation(config)
 
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden_size] to the logits [tokens, experts]."""
@@ -142,8 +154,9 @@ class SkyworkMoeGate(MixtralTopKRouter):
             (float32, each row sums to 1) and their indices [tokens, top_k].
         """
         router_logits = self.project(hidden_states)
-        weights, indices = routing_probabilities(router_logits, self.config).topk(self.top_k, dim=-1)
-        return router_logits, weights / weights.sum(dim=-1, keepdim=True), indices
+        # A softmax over the chosen is the softmax over all with the chosen's sum made 1.
+        chosen, indices = normalised(router_logits, self.normalisation).topk(self.top_k, dim=-1)
+        return router_logits, torch.softmax(chosen, dim=-1), indices
 
 
 class SkyworkMoeGateProjection(nn.Module):
@@ -164,8 +177,8 @@ class SkyworkMoeTwoLayerGate(SkyworkMoeGate):
 
     def __init__(self, config: SkyworkMoeConfig) -> None:
         nn.Module.__init__(self)
-        self.config = config
         self.top_k = config.num_experts_per_tok
+        self.normalisation = normalisation(config)
         width = 8 * config.num_local_experts
         self.add_module("0", SkyworkMoeGateProjection(config.hidden_size, width))
         self.add_module("2", SkyworkMoeGateProjection(width, config.num_local_experts))
@@ -189,29 +202,59 @@ class SkyworkMoeExpert(nn.Module):
         return self.w2(self.act_fn(self.w1(hidden_states)) * self.w3(hidden_states))
 
 
+class Pairs:
+    """The pairs of a token and an expert that it chose, sorted by expert, so that each expert is called once, on
+    consecutive rows. One token's need no sorting.
+
+    Args:
+        hidden_states: [tokens, hidden_size].
+        top_k_index: int64 [tokens, top_k].
+        in_order: whether experts have to be called in the order of their numbers, whatever it costs.
+    """
+
+    def __init__(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, in_order: bool) -> None:
+        self.tokens, self.top_k = top_k_index.shape
+        self.order: torch.Tensor | None = None
+        if self.tokens == 1 and not in_order:
+            self.experts = top_k_index[0]
+            self.rows = hidden_states.expand(self.top_k, -1)  # [pairs, hidden_size], as below
+        else:
+            self.experts, self.order = top_k_index.flatten().sort(stable=True)
+            self.rows = hidden_states[self.order // self.top_k]
+
+    def runs(self, experts: int, overflow: OverflowWatch) -> list[tuple[int, slice]]:
+        """The number of each chosen expert, of so many, with the slice of its rows: what the host waits for."""
+        if self.order is None:
+            return [(number, slice(row, row + 1)) for row, number in enumerate(overflow.read_with(self.experts))]
+        starts = torch.arange(experts + 1, device=self.experts.device)
+        bounds = overflow.read_with(torch.searchsorted(self.experts, starts))
+        return [(number, slice(*run)) for number, run in enumerate(pairwise(bounds)) if run[0] < run[1]]
+
+    def weighted_sum(self, outputs: list[torch.Tensor], top_k_weights: torch.Tensor) -> torch.Tensor:
+        """[tokens, hidden_size] of the outputs of each run, in the order of the rows; summed in float32."""
+        by_pair = torch.cat(outputs or [self.rows])
+        if self.order is not None:
+            by_pair = by_pair[self.order.argsort()]
+        by_token = by_pair.view(self.tokens, self.top_k, by_pair.shape[-1])
+        return (by_token * top_k_weights.unsqueeze(-1)).sum(dim=1).to(self.rows.dtype)
+
+
 class SkyworkMoeExperts(nn.ModuleList):
     """The modular layout: one module per expert, each on whatever device it was put, and computed there.
 
-    The fused layout is transformers' own `MixtralExperts`; both have the same `forward`.
+    The fused layout is transformers' own `MixtralExperts`; both have the same `forward`. Models loaded by a device map
+    of several devices have `placement.dispatch.PlacedExperts`, where all devices compute at the same time.
     """
-
-    # From how many rows on an expert that lives on the CPU is copied to its layer's GPU and computed there, in
-    # inference; None: never. Where the weights are read once for many rows, a bus can beat a CPU.
-    stream_from_rows: int | None = None
-    # Told which experts will run, as soon as that is known; for those whose weights are on a disk.
-    before_run: Callable[[list[nn.Module]], None] | None = None
 
     def __init__(self, config: SkyworkMoeConfig) -> None:
         super().__init__(SkyworkMoeExpert(config) for _ in range(config.num_local_experts))
         self.overflow = OverflowWatch()
+        self._others_are_sharded: bool | None = None
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """The weighted sum of the chosen experts' outputs.
-
-        Pairs of a token and an expert are sorted by expert once, so that each expert is called once, on its own
-        consecutive rows; the sizes of these runs are the only thing that the host waits for.
 
         Args:
             hidden_states: [tokens, hidden_size].
@@ -221,57 +264,49 @@ class SkyworkMoeExperts(nn.ModuleList):
         Returns:
             [tokens, hidden_size], dtype and device of `hidden_states`; summed in float32.
         """
-        tokens, top_k = top_k_index.shape
-        expert_of_pair, pair = top_k_index.flatten().sort(stable=True)
-        rows = hidden_states[pair // top_k]
-        # On its way before the wait below, and there after it.
-        rows_on_cpu = rows.to("cpu", non_blocking=True) if self._needs_cpu_rows(rows) else rows
-        starts = torch.arange(len(self) + 1, device=expert_of_pair.device)
-        bounds = self.overflow.read_with(torch.searchsorted(expert_of_pair, starts))
+        may_idle = self._may_run_idle()
+        pairs = Pairs(hidden_states, top_k_index, in_order=may_idle)
+        experts = list(self)
+        runs = pairs.runs(len(experts), self.overflow)
+        if may_idle:
+            runs = with_idle(runs, experts)
+        outputs = []
+        for number, run in runs:
+            expert, rows = experts[number], pairs.rows[run]
+            device = device_of(expert)
+            output = expert(rows if device.type == "meta" else rows.to(device))
+            outputs.append(output.to(hidden_states.device))
+        return pairs.weighted_sum(outputs, top_k_weights)
 
-        outputs = self._outputs(rows, rows_on_cpu, bounds)
-        weighted = torch.cat(outputs or [rows]) * top_k_weights.flatten()[pair].unsqueeze(-1)
-        by_token = weighted[pair.argsort()].view(tokens, top_k, rows.shape[-1])
-        return by_token.sum(dim=1).to(hidden_states.dtype)
-
-    def _outputs(self, rows: torch.Tensor, rows_on_cpu: torch.Tensor, bounds: list[int]) -> list[torch.Tensor]:
-        """Each expert's outputs on its rows, on the device of `rows`. Other devices are given their work before the
-        CPU begins its own, so that all compute at the same time."""
-        # Asked once, as a decoded token skips most experts.
-        may_idle = torch.is_grad_enabled() or (_has_processes() and is_sharded(self))
-        runs = [
-            (number, slice(*run))
-            for number, run in enumerate(pairwise(bounds))
-            if run[0] < run[1] or (may_idle and _runs_idle(self[number]))
-        ]
-        if self.before_run is not None:
-            self.before_run([self[number] for number, run in runs if run.start < run.stop])
-        outputs: dict[int, torch.Tensor] = {}
-        for number, run in sorted(runs, key=lambda run: _device_of(self[run[0]]).type == "cpu"):
-            expert = self[number]
-            device = _device_of(expert)
-            if device.type != "cpu" or rows.device.type == "cpu":
-                result = expert(rows[run] if device.type == "meta" else rows[run].to(device, non_blocking=True))
-            elif self._streams(run.stop - run.start):
-                result = compute_on(rows.device, expert, rows[run])
-            else:
-                result = expert(rows_on_cpu[run])
-            # A CPU must not read what is still on its way.
-            outputs[number] = result.to(rows.device, non_blocking=rows.device.type != "cpu")
-        return [outputs[number] for number, _ in runs]
-
-    def _needs_cpu_rows(self, rows: torch.Tensor) -> bool:
-        return rows.device.type != "cpu" and any(_device_of(expert).type == "cpu" for expert in self)
-
-    def _streams(self, rows: int) -> bool:
-        return self.stream_from_rows is not None and rows >= self.stream_from_rows and not torch.is_grad_enabled()
+    def _may_run_idle(self) -> bool:
+        """Whether there may be experts that run without a token; see `_runs_idle`. To look at all of them takes longer
+        than to decode with some, so that in inference it is done once: FSDP, ZeRO-3 and tensor parallelism, in which a
+        model may be wrapped later on, treat experts alike, and the first is looked at each time."""
+        if torch.is_grad_enabled():
+            self._others_are_sharded = None
+            return True
+        if not _has_processes():
+            return False
+        if self._others_are_sharded is None:
+            self._others_are_sharded = is_sharded(self)
+        return self._others_are_sharded or is_sharded(self[0])
 
 
-def _device_of(expert: Any) -> torch.device:
+def device_of(expert: Any) -> torch.device:
     """Where an expert lives; "meta" where accelerate brings its weights when they are needed."""
     # Not as `w1.weight`: ZeRO-3 gathers what is asked for so, on this process alone, and quantised layers wrap it.
     weight = expert.w1._parameters.get("weight")
     return (next(expert.parameters()) if weight is None else weight).device  # None: below an adapter
+
+
+def with_idle(runs: list[tuple[int, slice]], experts: list[nn.Module]) -> list[tuple[int, slice]]:
+    """`runs` in the order of experts, with those that run though no token chose them, on no rows."""
+    chosen = dict(runs)
+    return [
+        (number, chosen.get(number, slice(0, 0)))
+        for number, expert in enumerate(experts)
+        if number in chosen or _runs_idle(expert)
+    ]
 
 
 def _has_processes() -> bool:
@@ -282,7 +317,7 @@ def _runs_idle(expert: nn.Module) -> bool:
     """Whether an expert runs though no token chose it: where it is trained, so that it has a gradient, of zeros, on
     every process; and where its weights are sharded, since all processes have to call what puts them together."""
     # Weights that accelerate would have to bring, from a disk or the CPU, are not trained there.
-    trains = torch.is_grad_enabled() and _device_of(expert).type != "meta"
+    trains = torch.is_grad_enabled() and device_of(expert).type != "meta"
     if trains and any(parameter.requires_grad for parameter in expert.parameters()):
         return True
     return _has_processes() and is_sharded(expert)
@@ -299,13 +334,6 @@ def is_sharded(module: nn.Module) -> bool:
     )
 
 
-def compute_on(device: torch.device, expert: nn.Module, rows: torch.Tensor) -> torch.Tensor:
-    """The output of an expert on `rows`, with copies of its weights on `device` that are gone afterwards."""
-    tensors = {**dict(expert.named_parameters()), **dict(expert.named_buffers())}
-    copies = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-    return functional_call(expert, copies, (rows,))
-
-
 class SkyworkMoeBlock(nn.Module):
     """The sparse feed-forward part of a layer: the gate and its experts."""
 
@@ -314,14 +342,15 @@ class SkyworkMoeBlock(nn.Module):
         self.gate = SkyworkMoeTwoLayerGate(config) if config.moe_2layer_gate else SkyworkMoeGate(config)
         self.experts = SkyworkMoeExperts(config) if config.experts_layout == "modular" else MixtralExperts(config)
         self.overflow = getattr(self.experts, "overflow", None) or OverflowWatch()
-        self.input_scale = config.num_experts_per_tok if config.multiplies_input_by_top_k else None
+        # The input of the experts, not that of the gate, is multiplied by top_k.
+        self.input_multiplier = config.num_experts_per_tok if config.multiplies_input_by_top_k else None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[batch, tokens, hidden_size] to the same shape."""
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, top_k_weights, top_k_index = self.gate(rows)
-        scaled = rows if self.input_scale is None else rows * self.input_scale
-        outputs = self.experts(scaled, top_k_index, top_k_weights)
+        inputs = rows if self.input_multiplier is None else rows * self.input_multiplier
+        outputs = self.experts(inputs, top_k_index, top_k_weights)
         self.overflow.look(rows, outputs)
         return outputs.view(hidden_states.shape)
 

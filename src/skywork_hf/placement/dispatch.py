@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
 from safetensors import safe_open
 from torch import nn
+from torch.func import functional_call
 from transformers import PreTrainedConfig
 from transformers.integrations.accelerate import check_and_set_device_map, get_device
 from transformers.utils import logging
 
-from ..modeling_skywork_moe import SkyworkMoeDecoderLayer, SkyworkMoeExperts, compute_on
+from ..modeling_skywork_moe import Pairs, SkyworkMoeBlock, SkyworkMoeExperts, device_of, with_idle
 from ..quantization.config import as_config
 from ..quantization.linear import SkyworkQuantizedLinear
 from .devices import CPU, DISK, Key, devices_of, fastest_seconds
@@ -178,7 +180,8 @@ def _not_planned(name: str, value: Any, planned: Any) -> ValueError:
 
 
 def compute_where_the_weights_are(model: Any, plan: PlacementPlan | None = None) -> None:
-    """After accelerate has dispatched a model: experts run where they live, and accelerate's hooks keep the rest.
+    """After accelerate has dispatched a model: experts run where they live, and of accelerate's hooks those stay that
+    do something.
 
     accelerate's "cpu" beside a GPU means that weights travel to the GPU for each token. Here an expert on the CPU is
     computed on the CPU, and by a plan so are whole layers. One on the "disk" is computed there too, from its file,
@@ -187,34 +190,26 @@ def compute_where_the_weights_are(model: Any, plan: PlacementPlan | None = None)
     device_map = getattr(model, "hf_device_map", None)
     if not device_map or not hasattr(model, "_hf_hook"):
         return
-    for name, module in model.named_modules():
+    for name, module in list(model.named_modules()):
         if isinstance(module, SkyworkMoeExperts):
-            _free_experts(name, module, device_map)
-        elif isinstance(module, SkyworkMoeDecoderLayer) and not hasattr(module, "_hf_hook"):
-            # A layer whose parts are in the map, and not the layer: its inputs go where its attention is.
-            attention: Any = module.self_attn
-            _bring_inputs(model, module, attention._hf_hook.execution_device)
+            model.set_submodule(name, PlacedExperts(module, on_disk=_free_experts(name, module, device_map)))
     if plan is not None:
         for name, device in device_map.items():
             module = model.get_submodule(name)
             if device == CPU and hasattr(module, "_hf_hook"):
                 remove_hook_from_module(module, recurse=True)
-                _bring_inputs(model, module, CPU)
-        for layer, device in zip(_layers(model), plan.placement.dense, strict=True):
-            if device == CPU:
-                _bring_inputs(model, layer, CPU)
+                add_hook_to_module(module, _aligned(model, CPU))
+    _one_hook_a_layer(model)
     _set_streaming(model, plan.request.stream_from_rows if plan else None)
 
 
-def _layers(model: Any) -> nn.ModuleList:
-    return getattr(model, model.base_model_prefix, model).layers
-
-
-def _free_experts(name: str, experts: SkyworkMoeExperts, device_map: dict[str, Any]) -> None:
-    """Take accelerate's hooks off the experts; the container moves their rows itself."""
+def _free_experts(name: str, experts: SkyworkMoeExperts, device_map: dict[str, Any]) -> set[int]:
+    """Take accelerate's hooks off the experts, as `PlacedExperts` moves rows itself; the numbers of those that are
+    mapped from a disk."""
+    on_disk = set()
     for number, expert in enumerate(experts):
-        on_disk = get_device(device_map, f"{name}.{number}.w1.weight") == DISK
-        mapped = _mapped_weights(expert) if on_disk else {}
+        is_on_disk = get_device(device_map, f"{name}.{number}.w1.weight") == DISK
+        mapped = _mapped_weights(expert) if is_on_disk else {}
         if mapped is None:
             continue  # they would have to be cast, and so be in memory: accelerate reads and casts them when needed
         remove_hook_from_module(expert, recurse=True)
@@ -224,8 +219,8 @@ def _free_experts(name: str, experts: SkyworkMoeExperts, device_map: dict[str, A
             old = module._parameters[tensor_name]
             module._parameters[tensor_name] = nn.Parameter(tensor, requires_grad=old.requires_grad)  # type: ignore[union-attr]
         if mapped:
-            read_only_when_told(expert)
-            experts.before_run = will_be_read
+            on_disk.add(number)
+    return on_disk
 
 
 def _mapped_weights(expert: nn.Module) -> dict[str, torch.Tensor] | None:
@@ -245,22 +240,188 @@ def _mapped_weights(expert: nn.Module) -> dict[str, torch.Tensor] | None:
     return mapped
 
 
-def _bring_inputs(model: Any, module: nn.Module, device: Any) -> None:
-    """Have accelerate move what a module is called with to `device`."""
-    hook = AlignDevicesHook(execution_device=device, skip_keys=model._skip_keys_device_placement)
-    add_hook_to_module(module, hook)
+def _one_hook_a_layer(model: Any) -> None:
+    """accelerate hooks each part of a layer, and each of their matrices. Where all of them are on one device to stay,
+    one hook on the layer does, and none where everything comes from that device."""
+    decoder = getattr(model, model.base_model_prefix, model)
+    home, copies = _device_of_all(decoder.embed_tokens), Copies()
+    if home is not None:
+        model._hf_hook.execution_device = home  # accelerate's is any GPU of the map
+    before = of_positions = home if _device_of_all(decoder.rotary_emb) == home else None
+    for layer in decoder.layers:
+        device = _device_of_all(layer)
+        if device is not None:
+            for module in _without_experts(layer):
+                remove_hook_from_module(module)
+            if not device == before == of_positions:
+                add_hook_to_module(layer, LayerHook(device, model._skip_keys_device_placement, copies))
+        elif not hasattr(layer, "_hf_hook"):
+            # A layer whose parts are in the map, and not the layer: its inputs go where its attention is.
+            add_hook_to_module(layer, _aligned(model, layer.self_attn._hf_hook.execution_device))
+        before = device
+    decoder.register_forward_hook(copies.forget, always_call=True)
+
+
+def _device_of_all(module: nn.Module) -> torch.device | None:
+    """The one device that all of a module but its experts is on; None where there are several, or where accelerate
+    brings weights there and takes them away again."""
+    devices = set()
+    for part in _without_experts(module):
+        if getattr(getattr(part, "_hf_hook", None), "offload", False):
+            return None
+        devices |= {
+            tensor.device for tensor in (*part._parameters.values(), *part._buffers.values()) if tensor is not None
+        }
+    return devices.pop() if len(devices) == 1 else None
+
+
+def _without_experts(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all in it, but what is in the container of a layer's experts."""
+    yield module
+    if not isinstance(module, SkyworkMoeExperts):
+        for child in module.children():
+            yield from _without_experts(child)
+
+
+def _aligned(model: Any, device: Any) -> AlignDevicesHook:
+    """accelerate's hook that moves what a module is called with to `device`."""
+    return AlignDevicesHook(execution_device=device, skip_keys=model._skip_keys_device_placement)
+
+
+class Copies:
+    """Copies on other devices of what all layers are called with, as cosines, sines and masks: made once a device, and
+    kept until the forward ends."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, torch.device], tuple[Any, Any]] = {}
+
+    def on(self, device: torch.device, value: Any) -> Any:
+        """`value`, a tensor or what else has `to`, on `device`."""
+        source, copy = self._made.get((id(value), device), (None, None))
+        if source is not value:
+            copy = value.to(device)
+            self._made[id(value), device] = value, copy  # with the source, so that no other gets its id
+        return copy
+
+    def forget(self, *_: Any) -> None:
+        """A hook of the decoder, at the end of its forward."""
+        self._made.clear()
+
+
+class LayerHook(ModelHook):
+    """Brings what a decoder layer is called with to the device of the layer."""
+
+    def __init__(self, device: torch.device, skip_keys: Iterable[str], copies: Copies) -> None:
+        self.device, self.skip_keys, self.copies = device, frozenset(skip_keys), copies
+
+    def pre_forward(self, module: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        for name, value in kwargs.items():
+            if name not in self.skip_keys:
+                kwargs[name] = self._bring(value)
+        return (hidden_states.to(self.device), *map(self._bring, args)), kwargs
+
+    def _bring(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value if value.device == self.device else self.copies.on(self.device, value)
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(self._bring, value))
+        return self.copies.on(self.device, value) if hasattr(value, "to") else value  # as a BlockMask
+
+
+# The place among the runs, what computes it, and from which rows.
+Work = tuple[int, Callable[[torch.Tensor], torch.Tensor], torch.Tensor]
+
+
+class PlacedExperts(SkyworkMoeExperts):
+    """Experts on several devices, which all compute at the same time.
+
+    Args:
+        experts: whose place it takes.
+        on_disk: the numbers of those whose weights are mapped from a disk.
+    """
+
+    # From how many rows on an expert that lives on the CPU is copied to its layer's GPU and computed there, in
+    # inference; None: never. Where the weights are read once for many rows, a bus can beat a CPU.
+    stream_from_rows: int | None = None
+
+    def __init__(self, experts: SkyworkMoeExperts, on_disk: set[int]) -> None:
+        nn.ModuleList.__init__(self, experts)
+        self.overflow, self._others_are_sharded = experts.overflow, None
+        self.training = experts.training
+        self.on_disk = on_disk
+        for number in on_disk:
+            read_only_when_told(experts[number])
+        self._note_devices()
+
+    def _note_devices(self) -> None:
+        """Not asked in each forward."""
+        self.devices = [device_of(expert) for expert in self]
+        self.some_on_cpu = any(device.type == CPU for device in self.devices)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> PlacedExperts:
+        super()._apply(*args, **kwargs)  # somebody moves them
+        self._note_devices()
+        return self
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As of `SkyworkMoeExperts`. Rows are sent to all devices, then all are given their work, the CPU at last,
+        then all results are gathered: a copy between devices makes both wait, so that in any other order one computes
+        after the other."""
+        may_idle = self._may_run_idle()
+        pairs = Pairs(hidden_states, top_k_index, in_order=may_idle)
+        here, experts = hidden_states.device, list(self)
+        remote = here.type != CPU
+        # On its way before the host waits, and there after it.
+        rows_on_cpu = pairs.rows.to(CPU, non_blocking=True) if remote and self.some_on_cpu else pairs.rows
+        runs = pairs.runs(len(experts), self.overflow)
+        if self.on_disk:
+            will_be_read(experts[number] for number, _ in runs if number in self.on_disk)
+        if may_idle:
+            runs = with_idle(runs, experts)
+
+        # What begins to compute by itself, in whatever time; what the host first has to copy; what it computes itself.
+        elsewhere: list[Work] = []
+        streamed: list[Work] = []
+        on_cpu: list[Work] = []
+        for place, (number, run) in enumerate(runs):
+            expert, device = experts[number], self.devices[number]
+            if device.type != CPU:
+                rows = pairs.rows[run]
+                # accelerate moves the rows for weights that it brings.
+                inputs = rows if device.type == "meta" else rows.to(device, non_blocking=True)
+                elsewhere.append((place, expert, inputs))
+            elif remote and self._streams(run):
+                streamed.append((place, partial(compute_on, here, expert), pairs.rows[run]))
+            else:
+                on_cpu.append((place, expert, rows_on_cpu[run]))
+        computed = {place: compute(inputs) for place, compute, inputs in (*elsewhere, *streamed, *on_cpu)}
+        # A CPU must not read what is still on its way.
+        outputs = [computed[place].to(here, non_blocking=remote) for place in range(len(runs))]
+        return pairs.weighted_sum(outputs, top_k_weights)
+
+    def _streams(self, run: slice) -> bool:
+        least = self.stream_from_rows
+        return least is not None and run.stop - run.start >= least and not torch.is_grad_enabled()
+
+
+def compute_on(device: torch.device, expert: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """The output of an expert on `rows`, with copies of its weights on `device` that are gone afterwards."""
+    tensors = {**dict(expert.named_parameters()), **dict(expert.named_buffers())}
+    copies = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    return functional_call(expert, copies, (rows,))
 
 
 def _set_streaming(model: Any, rows: int | None) -> None:
     """Set from how many rows on experts of the CPU are copied to their layer's GPU; measured where `rows` is None."""
-    for layer in _layers(model):
-        block: Any = getattr(layer, "block_sparse_moe", None)
-        experts = getattr(block, "experts", None)
-        if not isinstance(experts, SkyworkMoeExperts):
+    blocks = (module for module in model.modules() if isinstance(module, SkyworkMoeBlock))
+    for block in blocks:
+        experts, device = block.experts, _device(block.gate)
+        if not isinstance(experts, PlacedExperts) or device.type in (CPU, "meta"):
             continue
         on_cpu = next((expert for expert in experts if _can_stream(expert)), None)
-        device = _device(block.gate)
-        if on_cpu is None or device.type in (CPU, "meta"):
+        if on_cpu is None:
             continue
         if rows is None:
             rows = measured_stream_rows(on_cpu, device)

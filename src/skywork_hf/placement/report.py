@@ -74,7 +74,9 @@ def placement_report(model: Any, plan: PlacementPlan | None = None, lenient: boo
         weight_bytes=_weight_bytes(model),
         planned_bytes=None if plan is None else {key: plan.weight_bytes(key) for key in plan.bytes_per_device},
         experts=defaultdict(Counter),
-        stream_from_rows=next((e.stream_from_rows for _, e in _experts_of(model) if e.stream_from_rows), None),
+        stream_from_rows=next(
+            (rows for _, e in _experts_of(model) if (rows := getattr(e, "stream_from_rows", None))), None
+        ),
     )
     for name, experts in _experts_of(model):
         for number, expert in enumerate(experts):
