@@ -3,7 +3,7 @@
     with SimulatedDevices() as simulated:
         model = AutoModelForCausalLM.from_pretrained(path, device_map={"model": "lazy:0", "lm_head": "lazy:1"})
         model(ids.to("lazy:0"))
-        simulated.copies, simulated.host_syncs
+        simulated.copies, simulated.host_syncs, simulated.elapsed
 
 Every tensor on "lazy:<index>" is a `SimulatedTensor` around a CPU tensor that does the work. Mixing devices in an
 operation raises as torch does. "lazy" is a device type that torch knows by name and has no backend for, that no
@@ -86,6 +86,12 @@ class SimulatedDevices(TorchDispatchMode):
         host_syncs: how often the host waited for a result of a simulated device: a blocking copy to the CPU, `item`,
             `nonzero`, a mask as index, `equal`, `synchronize`. A real blocking copy to a device makes the host wait
             too; those are counted only in `copies`.
+        elapsed: when the last device, or the host, was done with what it was given. The unit is a byte: an operation
+            takes as long as all that it reads is large, and so does a copy. No clock is read.
+
+    Each device has one stream, as CUDA's current one: it does one thing after the other, and begins when the host has
+    asked for it. The host goes on at once, but for its own operations, those on the CPU, and for waits. A copy between
+    two devices begins when both are free, and occupies both.
 
     A non-blocking copy to the CPU arrives when the host next waits for the copy's source. Until then an operation on
     its storage raises, except views and further copies from a device into it, and what reads memory with no operation
@@ -102,6 +108,16 @@ class SimulatedDevices(TorchDispatchMode):
         """Forgets what was counted; what has not yet arrived still arrives."""
         self.copies: list[Copy] = []
         self.host_syncs = 0
+        self._done: dict[torch.device, float] = {CPU: 0}  # the CPU's is the host's
+
+    @property
+    def elapsed(self) -> float:
+        return max(self._done.values())
+
+    def _occupy(self, nbytes: float, *devices: torch.device) -> None:
+        """Let devices do one thing of so many bytes, all together."""
+        ends = max(self._done.get(device, 0) for device in (CPU, *devices)) + nbytes
+        self._done |= dict.fromkeys(devices, ends)
 
     def __enter__(self) -> SimulatedDevices:
         self._adaptations.append(_adapted_libraries())
@@ -117,8 +133,11 @@ class SimulatedDevices(TorchDispatchMode):
         device = torch.device(device) if device is not None else None
         arriving = [entry for entry in self._pending if device in (None, entry[0])]
         self._pending = [entry for entry in self._pending if device not in (None, entry[0])]
-        for _, target, values in arriving:
-            target.copy_(values)
+        with no_dispatch():  # it takes no time of its own
+            for _, target, values in arriving:
+                target.copy_(values)
+        waited_for = self._done.values() if device is None else [self._done.get(device, 0)]
+        self._done[CPU] = max(self._done[CPU], *waited_for)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -131,7 +150,10 @@ class SimulatedDevices(TorchDispatchMode):
         waits = _makes_host_wait(func, args, kwargs)
         if func in INDEXING and isinstance(args[0], SimulatedTensor):
             args = (args[0], [self._beside(args[0], index) for index in args[1]], *args[2:])
-        device = _common_device(func, _leaves(torch.Tensor, args, kwargs))
+        tensors = _leaves(torch.Tensor, args, kwargs)
+        device = _common_device(func, tensors)
+        if not func.is_view and all(tensor.device.type != "meta" for tensor in tensors):
+            self._occupy(sum(tensor.nbytes for tensor in tensors), device or CPU)
         if waits and device is not None:
             self.synchronize(device)
         return _run(func, args, kwargs, device)
@@ -156,12 +178,19 @@ class SimulatedDevices(TorchDispatchMode):
             device = options.pop("device", None) or source.device
             values = TO_COPY(_inner(source), device=CPU if _is_simulated(device) else device, **options)
             target = SimulatedTensor(values, device) if _is_simulated(device) else values
-        if source.device != target.device and target.device.type != "meta" and values.numel():
+        if target.device.type == "meta" or not values.numel():
+            return target
+        if source.device == target.device:
+            self._occupy(source.nbytes, source.device)
+        else:
             self._record(source.device, target.device, values, non_blocking)
         return target
 
     def _record(self, source: torch.device, target: torch.device, values: torch.Tensor, non_blocking: bool) -> None:
-        self.copies.append(Copy(source, target, values.numel() * values.element_size(), non_blocking))
+        copy = Copy(source, target, values.numel() * values.element_size(), non_blocking)
+        self.copies.append(copy)
+        # A real device copies from and to the CPU's memory by itself; the host is there only where it waits.
+        self._occupy(copy.nbytes, *{source, target} - ({CPU} if non_blocking else set()))
         if target != CPU:
             return
         if not non_blocking:

@@ -226,6 +226,73 @@ def test_gpus_are_given_their_work_before_the_cpu_begins():
     assert set(order) == {"cpu", "lazy"}
 
 
+@pytest.mark.parametrize(
+    ("places", "reads"),
+    [
+        (("lazy:1", "lazy:2"), 1),
+        (("lazy:0", "lazy:1"), 1),
+        (("lazy:1", "lazy:0"), 1),
+        (("cpu", "lazy:1"), 1),
+        (("cpu", "lazy:0"), 1),
+        (("disk", "lazy:1", "lazy:2", "lazy:0"), 1),
+        (("lazy:1", "lazy:2", "lazy:1", "lazy:2"), 2),
+        (("lazy:1", "lazy:1"), 2),
+        (("cpu", "disk"), 2),
+    ],
+)
+@torch.no_grad()
+def test_all_devices_compute_at_the_same_time(places, reads, tmp_path):
+    """The time of one token's experts, in reads of one expert's weights; the readable loop takes them one by one."""
+    folder = moe_folder(tmp_path, hidden_size=64, intermediate_size=1024, num_hidden_layers=1)
+    token, weights = torch.randn(1, 64), torch.full((1, len(places)), 1 / len(places))
+    chosen = torch.arange(len(places)).unsqueeze(0)
+    wanted = load(folder).model.layers[0].block_sparse_moe.experts(token, chosen, weights)
+    with SimulatedDevices() as simulated:
+        experts = [*places, *["cpu"] * 4][:4]
+        model = load(folder, device_map=expert_map(["lazy:0"], [experts]))
+        placed = model.model.layers[0].block_sparse_moe.experts
+        nbytes = sum(parameter.nbytes for parameter in placed[0].parameters())
+        inputs = [tensor.to("lazy:0") for tensor in (token, chosen, weights)]
+
+        def took(forward: Any) -> float:
+            simulated.reset()
+            torch.testing.assert_close(forward(*inputs).cpu(), wanted)
+            return simulated.elapsed / nbytes
+
+        assert took(placed) == pytest.approx(reads, rel=0.05)
+        assert took(lambda *args: SkyworkMoeExperts.forward(placed, *args)) == pytest.approx(len(places), rel=0.05)
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+@torch.no_grad()
+def test_a_layer_has_one_hook_and_what_all_layers_are_given_is_copied_once_a_device(moe, tmp_path):
+    torch.manual_seed(0)
+    devices = [GPUS[number] for number in (0, 0, 1, 1, 0, 0)]
+    model = SkyworkMoeForCausalLM(tiny_moe_config(num_hidden_layers=6)) if moe else None
+    (model or SkyworkForCausalLM(tiny_dense_config(num_hidden_layers=6))).save_pretrained(tmp_path)
+    places = expert_map(devices, [[device] * 4 for device in devices])
+    if not moe:
+        ends = {name: device for name, device in places.items() if ".layers." not in name}
+        places = ends | {f"model.layers.{number}": device for number, device in enumerate(devices)}
+    ids, plain = tokens(2, 9), load(tmp_path)
+    masks = torch.ones(2, 2, 9, dtype=torch.int64)
+    masks[0, 0, :4] = masks[1, 1, :6] = 0
+    with SimulatedDevices() as simulated:
+        placed = load(tmp_path, device_map=places)
+        hooks = [sum(hasattr(part, "_hf_hook") for part in layer.modules()) for layer in placed.model.layers]
+        assert hooks == [0, 0, 1, 1, 1, 0]
+        mask = masks[0].to(GPUS[0])
+        for number in range(2):
+            mask.copy_(masks[number])
+            simulated.reset()
+            logits = placed(ids.to(GPUS[0]), attention_mask=mask).logits
+            copies = [copy.nbytes for copy in simulated.copies if str(copy.target) == GPUS[1]]
+            assert copies.count(9 * 8 * 4) == 2  # cosines and sines
+            real = masks[number].bool()
+            wanted = plain(ids, attention_mask=masks[number]).logits[real]
+            torch.testing.assert_close(logits.cpu()[real], wanted, atol=TOLERANCE, rtol=0)
+
+
 def test_an_own_map_of_whole_layers_computes_their_experts_on_the_cpu():
     """As "auto" makes them: accelerate brings the attention to the GPU, and the experts stay."""
     names = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", "lm_head")

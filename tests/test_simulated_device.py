@@ -198,6 +198,40 @@ def test_non_blocking_copies_into_one_buffer_arrive_together(simulated):
     assert simulated.host_syncs == 1
 
 
+# --- streams
+
+
+def elapsed(simulated: SimulatedDevices, program: Any) -> float:
+    """The time of a program on tensors of 64 bytes, one on each device, in reads of one of them."""
+    here, there, at_home = (square().to(device) for device in (FIRST, SECOND, CPU))
+    simulated.reset()
+    program(here, there, at_home)
+    return simulated.elapsed / 64
+
+
+@pytest.mark.parametrize(
+    ("program", "takes"),
+    [
+        (lambda here, there, _: here.exp(), 1),
+        (lambda here, there, _: here @ here, 2),  # it reads both
+        (lambda here, there, _: here.t()[1:].view(3, 4), 0),  # and this nothing
+        (lambda here, there, _: (here.exp(), here.exp()), 2),
+        (lambda here, there, _: (here.exp(), there.exp()), 1),
+        (lambda here, there, at_home: (here.exp(), there.exp(), at_home.exp()), 1),
+        (lambda here, there, at_home: (at_home.exp(), here.exp()), 2),  # the host asks for it afterwards
+        (lambda here, there, _: (here.exp(), here[0, 0].item(), there.exp()), 2 + 1 / 16),  # of one number
+        (lambda here, there, _: (here.exp().to(SECOND), there.exp()), 3),
+        (lambda here, there, _: (there.exp(), here.to(SECOND), here.exp()), 3),  # both ends wait, and are occupied
+        (lambda here, there, at_home: (here.to("cpu", non_blocking=True), at_home.exp()), 1),
+        (lambda here, there, at_home: (here.to("cpu"), at_home.exp()), 2),
+        (lambda here, there, at_home: (here.exp(), at_home.to(FIRST), at_home.exp()), 3),
+        (lambda here, there, at_home: (here.exp(), at_home.to(FIRST, non_blocking=True), at_home.exp()), 2),
+    ],
+)
+def test_each_device_does_one_thing_after_the_other_and_copies_occupy_both_ends(simulated, program, takes):
+    assert elapsed(simulated, program) == takes
+
+
 # --- models
 
 
