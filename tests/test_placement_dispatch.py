@@ -3,6 +3,7 @@ the CPU and the disk, with accelerate's real hooks."""
 
 from __future__ import annotations
 
+import mmap
 import sys
 from pathlib import Path
 from typing import Any
@@ -122,39 +123,43 @@ def test_cpu_and_disk_alone_change_no_bit(share, tmp_path):
     )
 
 
-def test_the_kernel_is_told_which_experts_on_disk_will_be_read(monkeypatch):
-    advised: list[tuple[str, set[int]]] = []
-    monkeypatch.setattr(
-        "skywork_hf.placement.pages._advise",
-        lambda tensors, advice: advised.append((advice, {tensor.data_ptr() for tensor in tensors})),
-    )
+@pytest.fixture
+def advised(monkeypatch) -> list[tuple[int, int]]:
+    """The pages, from address to address, that the kernel is told to read, while models run."""
+    told: list[tuple[int, int]] = []
+
+    def note(pages: list[range]) -> None:
+        told.extend((weight.start, weight.stop) for weight in pages)
+
+    monkeypatch.setattr("skywork_hf.placement.dispatch.will_be_read", note)
+    return told
+
+
+def test_the_kernel_is_told_which_experts_on_disk_will_be_read(advised, monkeypatch):
+    kept: list[range] = []
+    monkeypatch.setattr("skywork_hf.placement.dispatch.read_only_when_told", kept.extend)
     experts = [["disk" if number < 12 else "cpu" for number in range(16)], ["cpu"] * 16]
     model = load(checkpoint(MOE), device_map=expert_map(["cpu"] * 2, experts))
-    assert [advice for advice, _ in advised] == ["MADV_RANDOM"] * 12
-    advised.clear()
+    assert len(kept) == 12 * 3
     seen = expert_devices(model)
     logits_of(model, tokens(1, 3, vocab=200))
     on_disk = [name for name, place in model.hf_device_map.items() if place == "disk"]
     ran = [model.get_submodule(name) for name in on_disk if seen[name]]
     assert ran
-    weights = {parameter.data_ptr() for expert in ran for parameter in expert.parameters()}
-    # Not those on the CPU, and the other layer has nothing on the disk.
-    assert advised == [("MADV_WILLNEED", weights)]
+    wanted = set()
+    for weight in (parameter for expert in ran for parameter in expert.parameters()):
+        start = weight.data_ptr()
+        wanted.add((start - start % mmap.PAGESIZE, start + weight.nbytes))
+    assert set(advised) == wanted  # not those on the CPU, and the other layer has nothing on the disk
 
 
-def test_only_chosen_experts_are_read_from_a_disk_where_gradients_are_recorded(monkeypatch, tmp_path):
+def test_only_chosen_experts_are_read_from_a_disk_where_gradients_are_recorded(advised, tmp_path):
     """They all run, those without a token on no rows; where accelerate would read them, only chosen ones do."""
-    advised: list[int] = []
-    monkeypatch.setattr(
-        "skywork_hf.placement.pages._advise",
-        lambda tensors, advice: advised.append(len(list(tensors)) * (advice == "MADV_WILLNEED")),
-    )
     everywhere = expert_map(["cpu"] * 2, [["disk"] * 16] * 2)
     model = load(checkpoint(MOE), device_map=everywhere)
     seen = expert_devices(model)
-    advised.clear()
     model(tokens(1, 1, vocab=200))
-    assert advised == [2 * 3] * 2
+    assert len(advised) == 2 * 2 * 3  # two experts in each of two layers
     assert all(seen.values())
 
     SkyworkMoeForCausalLM.from_pretrained(checkpoint(MOE)).bfloat16().save_pretrained(tmp_path)

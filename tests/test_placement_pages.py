@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from skywork_hf.placement.pages import read_only_when_told, will_be_read
+from skywork_hf.placement.pages import pages_of, read_only_when_told, will_be_read
 
 NBYTES = 2**26  # more than the kernel begins to read at once
 
@@ -35,8 +35,8 @@ def test_all_of_a_large_weight_is_read_ahead(tmp_path):
     weight = torch.from_file(str(file), shared=True, size=NBYTES, dtype=torch.uint8)
     module = nn.Module()
     module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-    read_only_when_told(module)
-    will_be_read([module])
+    read_only_when_told(pages_of(module))
+    will_be_read(pages_of(module))
     deadline = time.monotonic() + 30
     while resident(weight) < 1 and time.monotonic() < deadline:
         time.sleep(0.01)

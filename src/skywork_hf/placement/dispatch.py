@@ -21,7 +21,7 @@ from ..modeling_skywork_moe import Pairs, SkyworkMoeBlock, SkyworkMoeExperts, de
 from ..quantization.config import as_config
 from ..quantization.linear import SkyworkQuantizedLinear
 from .devices import CPU, DISK, Key, devices_of, fastest_seconds
-from .pages import read_only_when_told, will_be_read
+from .pages import pages_of, read_only_when_told, will_be_read
 from .plan import PlacementPlan, plan_device_map
 from .report import placement_report
 
@@ -348,9 +348,9 @@ class PlacedExperts(SkyworkMoeExperts):
         nn.ModuleList.__init__(self, experts)
         self.overflow, self._others_are_sharded = experts.overflow, None
         self.training = experts.training
-        self.on_disk = on_disk
-        for number in on_disk:
-            read_only_when_told(experts[number])
+        self.on_disk = {number: pages_of(experts[number]) for number in on_disk}
+        for pages in self.on_disk.values():
+            read_only_when_told(pages)
         self._note_devices()
 
     def _note_devices(self) -> None:
@@ -376,8 +376,9 @@ class PlacedExperts(SkyworkMoeExperts):
         # On its way before the host waits, and there after it.
         rows_on_cpu = pairs.rows.to(CPU, non_blocking=True) if remote and self.some_on_cpu else pairs.rows
         runs = pairs.runs(len(experts), self.overflow)
-        if self.on_disk:
-            will_be_read(experts[number] for number, _ in runs if number in self.on_disk)
+        for number, _ in runs:
+            if number in self.on_disk:
+                will_be_read(self.on_disk[number])
         if may_idle:
             runs = with_idle(runs, experts)
 

@@ -1,4 +1,6 @@
-"""Telling the kernel which mapped weights will be read: from a disk come these bytes then, at once, and no others."""
+"""Telling the kernel which mapped weights will be read: from a disk come these bytes then, at once, and no others.
+
+Advice is advice: where there is none to give, or the kernel does not take it, nothing is lost."""
 
 from __future__ import annotations
 
@@ -7,35 +9,43 @@ import mmap
 import sys
 from collections.abc import Iterable
 
-import torch
 from torch import nn
 
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 # Linux begins to read no more for one piece of advice than a device's largest request or its readahead, which may be
 # some hundred KiB; what is beyond would come page by page.
 _PIECE = 2**17
 
 
-def read_only_when_told(module: nn.Module) -> None:
-    """No readahead for a module's mapped weights: around each page that is met it would fetch up to some MiB more."""
-    _advise(module.parameters(), "MADV_RANDOM")
+def pages_of(module: nn.Module) -> list[range]:
+    """Of each mapped weight: the addresses of its pieces, from the page where it begins to the byte where it ends."""
+    weights = [parameter for parameter in module.parameters() if parameter.device.type == "cpu"]
+    return [
+        range(weight.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE, weight.data_ptr() + weight.nbytes, _PIECE)
+        for weight in weights
+    ]
 
 
-def will_be_read(modules: Iterable[nn.Module]) -> None:
-    """Start reading the mapped weights of these modules, all together."""
-    _advise((parameter for module in modules for parameter in module.parameters()), "MADV_WILLNEED")
+def read_only_when_told(pages: Iterable[range]) -> None:
+    """No readahead: around each page that is met it would fetch up to some MiB more."""
+    if _madvise is not None:
+        for weight in pages:
+            _madvise(weight.start, weight.stop - weight.start, mmap.MADV_RANDOM)
 
 
-def _advise(tensors: Iterable[torch.Tensor], advice: str) -> None:
-    """Advice is advice: where there is none to give, or the kernel does not take it, nothing is lost."""
-    if _LIBC is None:
-        return
-    for tensor in tensors:
-        if tensor.device.type != "cpu":
-            continue
-        first = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        end = tensor.data_ptr() + tensor.nbytes
-        piece = _PIECE if advice == "MADV_WILLNEED" else end - first
-        for start in range(first, end, piece):
-            length = min(piece, end - start)
-            _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), getattr(mmap, advice))
+def will_be_read(pages: Iterable[range]) -> None:
+    """Start reading all of them."""
+    if _madvise is not None:
+        for weight in pages:
+            for start in weight:
+                _madvise(start, min(_PIECE, weight.stop - start), mmap.MADV_WILLNEED)
+
+
+def _linux_madvise() -> ctypes._NamedFuncPointer | None:
+    if sys.platform != "linux":
+        return None
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    return madvise
+
+
+_madvise = _linux_madvise()
