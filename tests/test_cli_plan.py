@@ -50,7 +50,7 @@ def test_everything_that_can_be_asked(folder, tmp_path, capsys):
     main(["plan", folder, *options.split(), *more.split()])
     printed = capsys.readouterr().out
     assert "2 sequences of 2,048 tokens" in printed
-    assert "int8 (weight_int8pack_mm)" in printed
+    assert "int8 (numba)" in printed
     assert "of the time reading experts on CPU" in printed
     assert "One more rtx3090: 24 GiB" in printed
     assert "measured here" not in printed

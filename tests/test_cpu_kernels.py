@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import builtins
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tiny import forked, tiny_moe_config, tokens
+from transformers import AutoModelForCausalLM
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 
-from skywork_hf.quantization import cpu_kernels
+from skywork_hf.modeling_skywork_moe import SkyworkMoeExpert, SkyworkMoeForCausalLM
+from skywork_hf.placement import placement_report
+from skywork_hf.quantization import cpu_kernels, matmul
+from skywork_hf.quantization.experts import SkyworkCpuExpert, use_cpu_kernels
 from skywork_hf.quantization.formats import FP8, quantize_fp8, quantize_int8, unpack
+from skywork_hf.quantization.linear import SkyworkFp8Linear, SkyworkInt8Linear, SkyworkLinear
 from skywork_hf.quantization.matmul import dequantized_linear
 
 KINDS = ["int8", "fp8", "bf16"]
@@ -144,23 +153,16 @@ def test_32_callers_at_once(two_threads):
         assert all(callers.map(calls, range(32)))
 
 
-def _in_a_child(results: multiprocessing.Queue) -> None:
-    results.put(torch.equal(*experts_work("int8")))
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_computes_with_a_pool_of_its_own(two_threads):
     assert torch.equal(*experts_work("int8"))  # so that there are threads, which the child has not
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    child = context.Process(target=_in_a_child, args=(results,))
-    child.start()
-    try:
-        assert results.get(timeout=60)
-    finally:
-        child.kill()
-        child.join()
+
+    def compute() -> None:
+        assert torch.equal(*experts_work("int8"))
+        assert cpu_kernels._pool().submit(int).result(timeout=60) == 0
+
+    assert os.waitpid(forked(compute), 0)[1] == 0
 
 
 def test_where_nothing_can_be_cached_kernels_are_compiled_all_the_same(monkeypatch):
@@ -178,3 +180,121 @@ def test_where_nothing_can_be_cached_kernels_are_compiled_all_the_same(monkeypat
     kernel = cpu_kernels._compiled(torch.int8)
     assert asked == [True, False]
     assert kernel(torch.zeros(1, dtype=torch.int64).numpy(), True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_unpacked_codes_are_exact(kind, dtype):
+    weight, _ = matrix(kind, 301, 1)
+    values, factor = unpack(weight, torch.float32)
+    assert torch.equal(cpu_kernels.unpack(weight, dtype).float(), values * factor)
+
+
+def layer(kind: str, out_features: int, in_features: int) -> torch.nn.Linear:
+    """Ours, as it is after loading; weights begin at an odd multiple of 8, as many do that are mapped from a file."""
+    classes = {"int8": SkyworkInt8Linear, "fp8": SkyworkFp8Linear, "bf16": torch.nn.Linear}
+    made = classes[kind](in_features, out_features, bias=False)
+    weight, scale = matrix(kind, out_features, in_features)
+    made.weight = torch.nn.Parameter(moved(weight, 8), requires_grad=False)
+    if scale is not None:
+        made.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
+    use_cpu_kernels(made)
+    return made
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 40, 100])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("has_numba", [True, False])
+@torch.no_grad()
+def test_layers_compile_whole_and_compute_what_they_do_uncompiled(has_numba, kind, rows, monkeypatch):
+    """Also where torch's weight-only kernel runs, which crashed on weights that begin where these do."""
+    made, inputs = layer(kind, 64, 96), torch.randn(rows, 96).bfloat16()
+    if not has_numba:
+        monkeypatch.setattr(matmul, "_numba", lambda: None)
+        monkeypatch.setattr(matmul, "_has_vnni", lambda: False)
+    torch.compiler.reset()
+    compiled = torch.compile(made.forward, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(inputs), made(inputs), rtol=2e-2, atol=2e-2)
+
+
+def expert_of(kind: str) -> SkyworkCpuExpert:
+    made = SkyworkMoeExpert(tiny_moe_config(hidden_size=96, intermediate_size=64))
+    made.w1, made.w3, made.w2 = layer(kind, 64, 96), layer(kind, 64, 96), layer(kind, 96, 64)
+    use_cpu_kernels(made)
+    assert type(made) is SkyworkCpuExpert
+    return made
+
+
+@pytest.mark.parametrize("has_vnni", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_an_expert_computes_together_what_its_linears_do(kind, rows, has_vnni, monkeypatch):
+    monkeypatch.setattr(matmul, "_has_vnni", lambda: has_vnni)
+    expert, inputs = expert_of(kind), torch.randn(rows, 96).bfloat16() / 100
+    together, wanted = expert._together(inputs), SkyworkMoeExpert.forward(expert, inputs)
+    assert torch.equal(expert(inputs), wanted if together is None else together)
+    assert together is not None or rows == 20
+    assert (expert(inputs) - wanted).float().norm() <= 0.02 * wanted.float().norm()
+
+
+def test_linears_that_are_more_than_themselves_are_called():
+    expert, inputs, seen = expert_of("bf16"), torch.randn(2, 96).bfloat16(), []
+    with torch.no_grad():
+        assert expert._together(inputs) is not None
+        handle = expert.w3.register_forward_hook(lambda *call: seen.append(call))
+        expert(inputs)
+        handle.remove()
+        assert len(seen) == 1
+        expert.w2 = torch.nn.Sequential(expert.w2)  # as adapters wrap it
+        assert expert._together(inputs) is None
+        expert(inputs)
+    expert.w1.weight.requires_grad_()
+    expert(inputs).sum().backward()
+    assert expert.w1.weight.grad.any()
+
+
+def test_a_16_bit_model_runs_by_them_and_stays_what_it_was(tmp_path):
+    config = tiny_moe_config(tie_word_embeddings=True, dtype="bfloat16")
+    made = SkyworkMoeForCausalLM(config).bfloat16().eval()
+    made.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    linears = [module for module in loaded.modules() if isinstance(module, torch.nn.Linear)]
+    assert {type(linear) for linear in linears} == {SkyworkLinear}
+    assert type(loaded.model.layers[0].block_sparse_moe.experts[0]) is SkyworkCpuExpert
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    assert list(loaded.state_dict()) == list(made.state_dict())
+    ids = tokens(1, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, made(ids).logits, rtol=0.05, atol=0.05)
+    assert "numba" in str(placement_report(loaded))
+    assert placement_report(made.float()).experts  # what is not loaded is as before
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ModuleNotFoundError("No module named 'numba'", name="numba"), "numba is not installed"),
+        (ImportError("Numba needs NumPy 2.4 or less"), "numba fails (Numba needs NumPy 2.4 or less)"),
+    ],
+)
+def test_without_numba_torchs_kernels_run_and_one_line_says_so(error, reason, monkeypatch):
+    def refuse(name: str, *args: Any) -> Any:
+        if name == "cpu_kernels" or (args[2:3] and "cpu_kernels" in (args[2] or ())):
+            raise error
+        return real_import(name, *args)
+
+    real_import = builtins.__import__
+    matmul._numba.cache_clear()
+    monkeypatch.setattr(matmul, "_numba_error", [])
+    logging.get_logger("x").warning_once.cache_clear()
+    with monkeypatch.context() as patch, CaptureLogger(matmul.logger) as said:
+        patch.setattr(builtins, "__import__", refuse)
+        made = layer("int8", 8, 32)
+        use_cpu_kernels(made)
+    assert matmul.int8_kernel("cpu", torch.bfloat16, 1, (8, 32), True) == "weight_int8pack_mm"
+    inputs = torch.randn(1, 32).bfloat16()
+    assert made(inputs).isfinite().all()
+    assert said.out.count("skywork-hf[cpu]") == 1
+    assert said.out.startswith(reason)
+    matmul._numba.cache_clear()

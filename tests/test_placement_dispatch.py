@@ -547,7 +547,7 @@ def test_another_kernel_than_planned_is_an_error(tmp_path, monkeypatch):
     assert plan.kernel(0) == "scaled_mm"
     model = load(folder, quantization_config=SkyworkFp8Config())
     monkeypatch.setattr("skywork_hf.placement.report._key_of", lambda *_: 0)
-    with pytest.raises(ValueError, match="runs dequantize on 0, where scaled_mm was planned"):
+    with pytest.raises(ValueError, match="runs numba on 0, where scaled_mm was planned"):
         placement_report(model, plan)
 
 

@@ -111,18 +111,24 @@ def test_what_unpacking_takes(device, kind, dtype, monkeypatch):
     out_features=sizes,
     in_features=st.sampled_from([1, 5, 32, 33, 64, 96]),  # torch's kernel crashes with 5 and 33
     has_int_mm=st.booleans(),
+    has_numba=st.booleans(),
 )
 @shapes
-def test_int8_linear_whatever_kernel_it_takes(rows, out_features, in_features, has_int_mm):
+def test_int8_linear_whatever_kernel_it_takes(rows, out_features, in_features, has_int_mm, has_numba):
     weight, scale = quantized("int8", out_features, in_features)
     inputs = torch.randn(rows, in_features).bfloat16()
     expected = inputs.float() @ formats.dequantize(weight, scale, torch.float32).t()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_int_mm)
+        patch.setattr(matmul, "_has_vnni", lambda: has_int_mm)
+        if not has_numba:
+            patch.setattr(matmul, "_numba", lambda: None)
         call = ("cpu", inputs.dtype, rows, weight.shape)
         kernel = matmul.int8_kernel(*call, quantize_activations=True)
-        few = "dequantize" if in_features % 32 or not rows else "weight_int8pack_mm"
-        assert kernel == (few if rows <= 32 else "int_mm" if has_int_mm and in_features > 1 else "dequantize")
+        torchs = "dequantize" if in_features % 32 or not 0 < rows <= 32 else "weight_int8pack_mm"
+        if has_numba and 0 < rows <= (4 if has_int_mm else 64):
+            assert kernel == "numba"
+        else:
+            assert kernel == ("int_mm" if has_int_mm and rows > 4 and in_features > 1 else torchs)
         assert matmul.int8_kernel(*call, quantize_activations=False) != "int_mm"
         outputs = matmul.int8_linear(inputs, weight, scale, quantize_activations=True)
     assert outputs.dtype == torch.bfloat16
@@ -179,7 +185,7 @@ def test_a_layer_is_the_linear_that_it_dequantises_to(kind):
     layer = kind(16, 8, bias=True)
     weight, scale = quantized("fp8" if kind is SkyworkFp8Linear else "int8", 8, 16)
     layer.load_state_dict({"weight": weight, "weight_scale": scale, "bias": torch.randn(8)})
-    inputs = torch.randn(2, 3, 16, requires_grad=True)
+    inputs = torch.randn(2, 2, 16, requires_grad=True)  # more rows may be rounded to int8
     outputs = layer(inputs)
     (gradient,) = torch.autograd.grad(outputs.square().sum(), inputs)
     linear = layer.dequantize(torch.float32)

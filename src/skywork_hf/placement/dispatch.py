@@ -19,7 +19,8 @@ from transformers.utils import logging
 
 from ..modeling_skywork_moe import Pairs, SkyworkMoeBlock, SkyworkMoeExperts, device_of, with_idle
 from ..quantization.config import as_config
-from ..quantization.linear import SkyworkQuantizedLinear
+from ..quantization.experts import use_cpu_kernels
+from ..quantization.linear import SkyworkQuantizedLinear, is_plain
 from .devices import CPU, DISK, Key, devices_of, fastest_seconds
 from .pages import pages_of, read_only_when_told, will_be_read
 from .plan import PlacementPlan, plan_device_map
@@ -88,7 +89,9 @@ def load_placed(
         _check_fits(plan, cls, name, kwargs)
     else:
         loaded = load(name, *model_args, device_map=device_map, **kwargs)
-        compute_where_the_weights_are(loaded[0] if isinstance(loaded, tuple) else loaded)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        compute_where_the_weights_are(model)
+        use_cpu_kernels(model)
         return loaded
     for replaced in ("torch_dtype", "max_memory"):
         kwargs.pop(replaced, None)
@@ -97,6 +100,7 @@ def load_placed(
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.placement_plan = plan
     compute_where_the_weights_are(model, plan)
+    use_cpu_kernels(model)
     placement_report(model, lenient=lenient_placement)
     return loaded
 
@@ -433,7 +437,7 @@ def _set_streaming(model: Any, rows: int | None) -> None:
 def _can_stream(expert: nn.Module) -> bool:
     """Whether an expert lives on the CPU and its weights can be used from a copy; bitsandbytes' hold more state."""
     linears = [module for module in expert.modules() if isinstance(module, nn.Linear)]
-    known = all(type(linear) is nn.Linear or isinstance(linear, SkyworkQuantizedLinear) for linear in linears)
+    known = all(is_plain(linear) or isinstance(linear, SkyworkQuantizedLinear) for linear in linears)
     return known and _device(expert).type == CPU
 
 

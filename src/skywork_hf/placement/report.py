@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..modeling_skywork_moe import SkyworkMoeExperts
 from ..quantization import matmul
-from ..quantization.linear import SkyworkFp8Linear, SkyworkInt8Linear
+from ..quantization.linear import SkyworkFp8Linear, SkyworkInt8Linear, SkyworkLinear, is_plain
 from .devices import CPU, DISK, GIB, Key
 from .plan import PlacementPlan
 from .sizes import statistics_bytes
@@ -122,7 +122,7 @@ def _look_at(name: str, expert: Any, model: Any, plan: PlacementPlan | None, rep
     dtypes = "+".join(sorted({str(linear.weight.dtype).removeprefix("torch.") for linear in linears.values()}))
     kernel = "+".join(sorted({kernel_of(linear, model.dtype) for linear in linears.values()}))
     report.experts[key][dtypes, kernel] += 1
-    plain = [path for path, linear in linears.items() if type(linear) is nn.Linear]
+    plain = [path for path, linear in linears.items() if is_plain(linear)]
     forgotten = [path for path in plain if _should_be_quantised(model, path)]
     report.problems += [f"`{path}` was left in {dtypes}, where the model is quantised." for path in forgotten]
     if plan is None:
@@ -149,13 +149,15 @@ def _should_be_quantised(model: Any, path: str) -> bool:
 
 def kernel_of(linear: nn.Module, dtype: torch.dtype) -> str:
     """What a linear runs for one token of `dtype`; the names are those of `PlacementPlan.kernel`."""
-    device: Any = linear.weight.device
+    weight: Any = linear.weight
+    device, shape = weight.device, weight.shape
     if isinstance(linear, SkyworkFp8Linear):
-        scheme = linear.activation_scheme
-        return matmul.fp8_kernel(matmul.has_fp8_unit(device), linear.weight.shape, scheme)
+        has_unit = matmul.has_fp8_unit(device)
+        return matmul.fp8_kernel(device.type, has_unit, dtype, 1, shape, linear.activation_scheme)
     if isinstance(linear, SkyworkInt8Linear):
-        shape = linear.weight.shape
         return matmul.int8_kernel(device.type, dtype, 1, shape, linear.quantize_activations)
+    if isinstance(linear, SkyworkLinear):
+        return matmul.linear_kernel(device.type, weight.dtype, 1)
     return "bitsandbytes" if type(linear).__module__.startswith("bitsandbytes") else "linear"
 
 

@@ -49,19 +49,23 @@ class Reading:
 
 def expected_kernel(method: str, device: Device, dtype: torch.dtype, config: Any) -> str:
     """What an expert's linears run for one token where `method` holds them: "a+b" where they run two kernels, "a/b"
-    where it is unknown which. Names are those of `quantization.matmul`,
-    "linear" for weights that are not quantised, and "bitsandbytes"."""
+    where it is unknown which. Names are those of `quantization.matmul`, and "bitsandbytes"."""
     shapes = [(config.intermediate_size, config.hidden_size), (config.hidden_size, config.intermediate_size)]
+    device_type = "cuda" if device.is_gpu else "cpu"
     if method.startswith("fp8"):
         scheme = "none" if method == "fp8-weight-only" else "dynamic"
         has_unit = [True, False] if device.has_fp8_unit is None else [device.has_fp8_unit]
         return "/".join(
-            sorted({_joined(matmul.fp8_kernel(unit, shape, scheme) for shape in shapes) for unit in has_unit})
+            sorted(
+                {
+                    _joined(matmul.fp8_kernel(device_type, unit, dtype, 1, shape, scheme) for shape in shapes)
+                    for unit in has_unit
+                }
+            )
         )
     if method == "int8":
-        device_type = "cuda" if device.is_gpu else "cpu"
         return _joined(matmul.int8_kernel(device_type, dtype, 1, shape, True) for shape in shapes)
-    return "linear" if method == PLAIN else "bitsandbytes"
+    return matmul.linear_kernel(device_type, dtype, 1) if method == PLAIN else "bitsandbytes"
 
 
 def _joined(names: Iterable[str]) -> str:

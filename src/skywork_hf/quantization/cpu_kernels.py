@@ -20,7 +20,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -46,7 +46,7 @@ _SECONDS_TO_COMPILE = 1.0
 
 # What a job is, in int64: two counters, alone in their cache line, sizes, addresses, and room for float32 values.
 _NEXT, _DONE = 0, 1
-_ROWS, _INPUTS, _OUTPUTS, _IS_BFLOAT16 = 8, 9, 10, 11
+_ROWS, _INPUTS, _OUTPUTS, _IS_BFLOAT16 = 8, 9, 10, 11  # _ROWS: 0 where values of a W2 are the outputs
 _COLUMNS, _HIDDEN, _FEATURES, _HIDDEN_CHUNK, _CHUNK = 12, 13, 14, 15, 16  # _HIDDEN: 0 for a linear
 _W1, _W3, _W2 = 17, 20, 23  # of each the weight's address, the scales' and the scales' form; a linear is a W2 alone
 _HEADER = 32
@@ -257,6 +257,20 @@ def _multiply(
 
 
 @njit
+def _unpack(job: Any, weights: Any, is_fp8: Any, start: Any, stop: Any) -> Any:
+    """The values of a W2 from `start` to `stop`, in the dtype of the outputs."""
+    factor = np.float32(2.0**_FP8_BIAS if is_fp8 else 1.0)
+    if get(job, _IS_BFLOAT16):
+        outputs = bfloat16_at(get(job, _OUTPUTS))
+        for k in range(start, stop):
+            put(outputs, k, get(weights, k) * factor)
+    else:
+        values = float32_at(get(job, _OUTPUTS))
+        for k in range(start, stop):
+            put(values, k, get(weights, k) * factor)
+
+
+@njit
 def _prepare(source: Any, x: Any, powers: Any, rows: Any, columns: Any, is_fp8: Any) -> Any:
     """Inputs as float32; for FP8 each row times a power of two, whose inverse (but for 2^_FP8_INPUTS) is kept."""
     for row in range(rows):
@@ -303,6 +317,9 @@ def _work(job: Any, weights: Any, is_fp8: Any, waits: Any) -> Any:
                 _prepare(bfloat16_at(get(job, _INPUTS)), x, powers, rows, columns, is_fp8)
             else:
                 _prepare(float32_at(get(job, _INPUTS)), x, powers, rows, columns, is_fp8)
+        elif not rows:
+            start, stop = (mine - downs) * chunk, min((mine - downs + 1) * chunk, features)
+            _unpack(job, at_same(weights, get(job, _W2)), is_fp8, start * columns, stop * columns)
         elif hidden_ready <= mine < downs:
             _prepare(hidden_values, hidden_values, hidden_powers, rows, hidden, is_fp8)
         else:
@@ -380,21 +397,37 @@ def expert(inputs: torch.Tensor, weights: list[torch.Tensor], scales: list[torch
     return _run(inputs, list(zip(weights, scales, strict=True)))
 
 
+def unpack(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The codes of a weight (without its scale) in bfloat16 or float32, which both hold them exactly; shapes and
+    what a weight may be as in `linear`."""
+    values = torch.empty(weight.shape, dtype=dtype)
+    inputs = torch.empty(0, weight.shape[1], dtype=dtype)
+    _start(inputs, values, [(weight, None)])
+    return values
+
+
 def _run(inputs: torch.Tensor, matrices: list[tuple[torch.Tensor, torch.Tensor | None]]) -> torch.Tensor:
-    inputs = inputs.contiguous()
+    outputs = torch.empty(inputs.shape[0], matrices[-1][0].shape[0], dtype=inputs.dtype)
+    _start(inputs.contiguous(), outputs, matrices)
+    return outputs
+
+
+def _start(
+    inputs: torch.Tensor, outputs: torch.Tensor, matrices: list[tuple[torch.Tensor, torch.Tensor | None]]
+) -> None:
+    """Describe a job, do it, and return when it is done."""
     rows, columns = inputs.shape
     first, last = matrices[0][0], matrices[-1][0]
-    features = last.shape[0]
-    hidden = last.shape[1] if len(matrices) > 1 else 0
-    outputs = torch.empty(rows, features, dtype=inputs.dtype)
+    features, width = last.shape
+    hidden = width if len(matrices) > 1 else 0
     addresses = (inputs.data_ptr(), outputs.data_ptr(), inputs.dtype == torch.bfloat16)
-    sizes = (columns, hidden, features, _chunk(2 * columns, first.itemsize), _chunk(last.shape[1], last.itemsize))
+    sizes = (columns, hidden, features, _chunk(2 * columns, first.itemsize), _chunk(width, last.itemsize))
     fields, kept = [], []
     for weight, scale in matrices:
         scale, form = _scale_field(scale)
         fields += [weight.data_ptr(), 0 if scale is None else scale.data_ptr(), form]
         kept.append(scale)
-    if len(matrices) == 1:
+    if not hidden:
         fields *= 3
     job = np.empty(_HEADER + rows * (columns + hidden + 2) // 2 + 1, np.int64)
     job[: _W2 + 3] = (0, 0, 0, 0, 0, 0, 0, 0, rows, *addresses, *sizes, *fields)
@@ -402,7 +435,6 @@ def _run(inputs: torch.Tensor, matrices: list[tuple[torch.Tensor, torch.Tensor |
     if sum(weight.nbytes for weight, _ in matrices) >= ALONE_BYTES:
         _wake_helpers(kernel, job)
     _finish(kernel, job)
-    return outputs
 
 
 def _chunk(columns: int, itemsize: int) -> int:
@@ -447,12 +479,19 @@ def _pool() -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_pool.cache_clear)  # as threads do not live on there
 
 
+def compile_for(dtypes: Iterable[torch.dtype]) -> None:
+    """Have the kernels for weights of these dtypes ready before they are needed."""
+    for dtype in dtypes:
+        _compiled(dtype)
+
+
 def _compiled(dtype: torch.dtype) -> Callable[[np.ndarray, bool], bool]:
     """The kernel for weights of a dtype, from numba's cache on the disk where that can be."""
     with _compiling:
         if dtype not in _kernels:
             notice = threading.Timer(
-                _SECONDS_TO_COMPILE, lambda: logger.warning("Compiling CPU kernels, which takes some seconds once ...")
+                _SECONDS_TO_COMPILE,
+                lambda: logger.warning_once("Compiling CPU kernels, which takes some seconds once ..."),
             )
             notice.start()
             signature = types.boolean(types.Array(types.int64, 1, "C"), types.boolean)

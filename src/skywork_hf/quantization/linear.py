@@ -1,4 +1,5 @@
-"""The linear layers that hold quantised weights. They are `nn.Linear`s, so adapters and device maps find them."""
+"""The linear layers that hold quantised weights, and 16-bit ones on a CPU. They are `nn.Linear`s, so adapters and
+device maps find them."""
 
 from __future__ import annotations
 
@@ -206,6 +207,42 @@ class SkyworkInt8Linear(SkyworkQuantizedLinear):
 
     def matmul(self, inputs: torch.Tensor) -> torch.Tensor:
         return matmul.int8_linear(inputs, self.codes, self.weight_scale, self.quantize_activations)
+
+
+class SkyworkLinear(nn.Linear):
+    """An ordinary linear layer, which on a CPU and in bfloat16 runs few rows, without gradients, by the CPU kernels.
+    Wherever else it is moved, and whatever is done with it, it is `nn.Linear`."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] to [..., out_features]."""
+        weight, width = self.weight, input.shape[-1]
+        rows = input.numel() // width if width else 0
+        is_plain = is_on_cpu(input) and is_on_cpu(weight) and weight.dtype == input.dtype == torch.bfloat16
+        if not is_plain or runs_elsewhere() or matmul.linear_kernel("cpu", input.dtype, rows) != "numba":
+            return super().forward(input)
+        outputs = matmul.bfloat16_linear(input.reshape(rows, width), weight)
+        outputs = outputs.view(*input.shape[:-1], outputs.shape[-1])
+        return outputs if self.bias is None else outputs + self.bias
+
+
+def is_plain(module: Any) -> bool:
+    """Whether a module is a linear layer that is neither quantised nor anything else."""
+    return type(module) in (nn.Linear, SkyworkLinear)
+
+
+def is_on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's values lie in this process's memory, one after the other."""
+    return type(tensor) in (torch.Tensor, nn.Parameter) and tensor.is_cpu and tensor.is_contiguous()
+
+
+def runs_elsewhere() -> bool:
+    """Whether a forward pass is one that only torch's own operations will do for."""
+    return (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.is_autocast_enabled("cpu")
+    )
 
 
 def _frozen(shape: tuple[int, ...], dtype: torch.dtype | None, device: Any) -> nn.Parameter:

@@ -1,14 +1,21 @@
-"""The matmuls on quantised weights: which kernel runs where, and why.
+"""The matmuls on quantised weights, and on 16-bit ones on a CPU: which kernel runs where, and why.
 
 No kernel keeps a 16-bit copy of a weight: where one has to be made, "dequantize" makes it in blocks that are gone when
-the matmul is. `benchmarks/int8_kernels.py` measures the choices; `docs/quantization.md` holds the figures.
+the matmul is. On a CPU "numba" (`cpu_kernels`, where the extra `cpu` is installed) takes few rows, and what torch has
+instructions for takes more. Which is which follows from a table by what the CPU has, and not from a measurement, so
+that a plan runs the same kernels each time; `benchmarks/cpu_kernels.py` checks the table, `docs/quantization.md` holds
+the figures.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
+from typing import Any
 
 import torch
+from torch.nn import functional as F
+from transformers.utils import logging
 
 from .formats import (
     FP8,
@@ -23,7 +30,12 @@ from .formats import (
     unpack,
 )
 
-# Up to this many rows torch's weight-only kernel beats unpacking blocks on CPUs, and with more rows it does not
+logger = logging.get_logger(__name__)
+
+# Up to so many rows numba's kernels are the fastest on a CPU: where torch has instructions for the dtypes of weights
+# and inputs (AVX512-VNNI, AVX512-BF16), where it has them for what FP8 is unpacked to, and where it has none.
+NUMBA_ROWS, NUMBA_UNPACKING_ROWS, NUMBA_ROWS_ALONE = 4, 8, 64
+# Up to so many rows torch's weight-only kernel beats unpacking blocks on CPUs, and with more rows it does not
 # (measured on AVX2, where the crossing lies between 24 and 64). With AVX512-VNNI torch's integer matmul takes over.
 CPU_WEIGHT_ONLY_ROWS = 32
 # That kernel crashes the process where the rows of a weight are no whole number of vectors long (seen on AVX2 with 5
@@ -32,6 +44,8 @@ CPU_WEIGHT_ONLY_MULTIPLE = 32
 # It also crashes on inputs, and from so many rows on weights, that begin elsewhere in memory than at multiples of so
 # many bytes (seen on AVX512). Weights mapped from a safetensors file begin at multiples of 8.
 CPU_WEIGHT_ONLY_INPUT_ALIGNMENT, CPU_WEIGHT_ONLY_ALIGNED_ROWS, CPU_WEIGHT_ONLY_ALIGNMENT = 32, 4, 16
+# From so many rows on its integer matmul is faster with VNNI; float32, taken for its precision, is rounded later.
+CPU_INT_MM_ROWS, CPU_INT_MM_FLOAT32_ROWS = NUMBA_ROWS + 1, NUMBA_ROWS_ALONE + 1
 # torch's integer matmul on CUDA takes no fewer rows, and only multiples of 8 in the two other directions.
 CUDA_INT_MM_ROWS = 17
 CUDA_INT_MM_MULTIPLE = 8
@@ -95,7 +109,11 @@ def int8_linear(
     Returns:
         [rows, out_features] in the dtype of `inputs`.
     """
+    if torch.compiler.is_compiling() and inputs.device.type == "cpu":
+        return _compiled_linear(inputs, weight, scale, quantize_activations)
     kernel = int8_kernel(inputs.device.type, inputs.dtype, len(inputs), weight.shape, quantize_activations)
+    if kernel == "numba":
+        return _numba().linear(inputs, weight.contiguous(), scale)
     if kernel == "weight_int8pack_mm":
         if len(inputs) >= CPU_WEIGHT_ONLY_ALIGNED_ROWS:
             weight = _aligned(weight, CPU_WEIGHT_ONLY_ALIGNMENT)
@@ -108,19 +126,29 @@ def int8_linear(
 
 def _aligned(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
     """A tensor that begins at a multiple of so many bytes: itself, or a copy that is gone after the matmul."""
-    if torch.compiler.is_compiling() or tensor.data_ptr() % multiple == 0:  # while compiling nobody knows
-        return tensor
-    return tensor.clone()
+    return tensor if tensor.data_ptr() % multiple == 0 else tensor.clone()
 
 
 def int8_kernel(
     device_type: str, dtype: torch.dtype, rows: int, shape: tuple[int, ...], quantize_activations: bool
 ) -> str:
-    """The name of what `int8_linear` runs for `rows` inputs of `dtype` and a weight of `shape`: "weight_int8pack_mm",
-    "int_mm" or "dequantize"."""
-    if quantize_activations and has_fast_int_mm(device_type, rows, shape):
+    """The name of what `int8_linear` runs for `rows` inputs of `dtype` and a weight of `shape`: "numba",
+    "weight_int8pack_mm", "int_mm" or "dequantize"."""
+    if device_type == "cpu" and has_fast_numba(torch.int8, dtype, rows):
+        return "numba"
+    if quantize_activations and has_fast_int_mm(device_type, dtype, rows, shape):
         return "int_mm"
     return "weight_int8pack_mm" if has_fast_weight_only(device_type, dtype, rows, shape) else "dequantize"
+
+
+def has_fast_numba(weight_dtype: torch.dtype, dtype: torch.dtype, rows: int) -> bool:
+    """Whether the CPU kernels are there, take inputs of `dtype`, and are the fastest for so many rows."""
+    if not 0 < rows <= NUMBA_ROWS_ALONE or dtype not in (torch.bfloat16, torch.float32) or _numba() is None:
+        return False
+    if weight_dtype == torch.int8:
+        return rows <= NUMBA_ROWS or not (dtype == torch.bfloat16 and _has_vnni())
+    few = NUMBA_UNPACKING_ROWS if weight_dtype == FP8 else NUMBA_ROWS
+    return rows <= few or not (dtype == torch.bfloat16 and _has_bfloat16())
 
 
 def has_fast_weight_only(device_type: str, dtype: torch.dtype, rows: int, shape: tuple[int, ...]) -> bool:
@@ -130,22 +158,69 @@ def has_fast_weight_only(device_type: str, dtype: torch.dtype, rows: int, shape:
     return fits and 0 < rows <= CPU_WEIGHT_ONLY_ROWS and shape[1] % CPU_WEIGHT_ONLY_MULTIPLE == 0
 
 
-def has_fast_int_mm(device_type: str, rows: int, shape: tuple[int, ...]) -> bool:
+def has_fast_int_mm(device_type: str, dtype: torch.dtype, rows: int, shape: tuple[int, ...]) -> bool:
     """Whether torch's integer matmul takes this and is the fastest for it."""
     if device_type == "cuda":
         return rows >= CUDA_INT_MM_ROWS and all(size % CUDA_INT_MM_MULTIPLE == 0 for size in shape)
+    few = CPU_INT_MM_ROWS if dtype == torch.bfloat16 else CPU_INT_MM_FLOAT32_ROWS
     # With a single column torch's product is wrong (seen on AVX512).
-    fits = device_type == "cpu" and rows > CPU_WEIGHT_ONLY_ROWS and shape[1] > 1
-    return fits and torch.cpu._is_vnni_supported()
+    return device_type == "cpu" and rows >= few and shape[1] > 1 and _has_vnni()
 
 
 def int8_activations_linear(inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """A linear whose inputs are int8 too, one scale for each token, by torch's integer matmul; shapes as in
     `int8_linear`."""
+    return _int_mm(*_int8_rows(inputs), weight, scale).to(inputs.dtype)
+
+
+def _int8_rows(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows = inputs.float()
     token_scale = (rows.abs().amax(dim=1, keepdim=True) / INT8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
-    outputs = torch._int_mm(to_int8(rows, token_scale), weight.t()).float()
-    return outputs.mul_(token_scale).mul_(scale.float()).to(inputs.dtype)
+    return to_int8(rows, token_scale), token_scale
+
+
+def _int_mm(rows: torch.Tensor, token_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return torch._int_mm(rows, weight.t()).float().mul_(token_scale).mul_(scale.float())
+
+
+def cpu_expert(
+    inputs: torch.Tensor, weights: list[torch.Tensor], scales: list[Any], int8_activations: bool
+) -> torch.Tensor | None:
+    """`w2(silu(w1(inputs)) * w3(inputs))` in fewer steps than its three linears take, on a CPU.
+
+    Args:
+        inputs: [rows, hidden_size].
+        weights: of w1, w3 (both [intermediate_size, hidden_size]) and w2, of one dtype: int8, FP8 or bfloat16.
+        scales: theirs; of bfloat16 None.
+        int8_activations: as `quantize_activations` of `int8_linear`.
+
+    Returns:
+        [rows, hidden_size] in the dtype of `inputs`; None where the linears themselves are the fastest.
+    """
+    dtype, rows = weights[0].dtype, len(inputs)
+    if dtype == FP8 and has_fp8_unit(inputs.device):
+        return None
+    if has_fast_numba(dtype, inputs.dtype, rows):
+        return _numba().expert(inputs, weights, scales)
+    if dtype != torch.int8 or not int8_activations:
+        return None
+    if not all(has_fast_int_mm("cpu", inputs.dtype, rows, weight.shape) for weight in weights):
+        return None
+    (w1, w3, w2), (scale1, scale3, scale2) = weights, scales
+    shared = _int8_rows(inputs)
+    hidden = F.silu(_int_mm(*shared, w1, scale1)).mul_(_int_mm(*shared, w3, scale3))
+    return _int_mm(*_int8_rows(hidden), w2, scale2).to(inputs.dtype)
+
+
+def bfloat16_linear(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What "numba" of `linear_kernel` runs: `inputs @ weight.T`; shapes as in `int8_linear`."""
+    return _numba().linear(inputs, weight, None)
+
+
+def linear_kernel(device_type: str, dtype: torch.dtype, rows: int) -> str:
+    """The name of what a `SkyworkLinear` of `dtype` runs for `rows` inputs: "numba", or "linear", torch's own."""
+    fits = device_type == "cpu" and dtype == torch.bfloat16
+    return "numba" if fits and has_fast_numba(dtype, dtype, rows) else "linear"
 
 
 def fp8_linear(
@@ -163,7 +238,13 @@ def fp8_linear(
     Returns:
         [rows, out_features] in the dtype of `inputs`.
     """
-    if not len(inputs) or fp8_kernel(has_fp8_unit(inputs.device), weight.shape, scheme) == "dequantize":
+    device = inputs.device
+    if torch.compiler.is_compiling() and device.type == "cpu":
+        return _compiled_linear(inputs, weight, scale, False)
+    kernel = fp8_kernel(device.type, has_fp8_unit(device), inputs.dtype, len(inputs), weight.shape, scheme)
+    if kernel == "numba":
+        return _numba().linear(inputs, weight.contiguous(), scale)
+    if kernel == "dequantize":
         return dequantized_linear(inputs, weight, scale)
     if input_scale is None:
         input_scale = fp8_scale(inputs)
@@ -176,10 +257,69 @@ def fp8_linear(
     )
 
 
-def fp8_kernel(has_unit: bool, shape: tuple[int, ...], scheme: str) -> str:
-    """The name of what `fp8_linear` runs for a weight of `shape`: "scaled_mm" or "dequantize"."""
-    fits = all(size % SCALED_MM_MULTIPLE == 0 for size in shape)
-    return "scaled_mm" if has_unit and fits and scheme != "none" else "dequantize"
+def fp8_kernel(
+    device_type: str, has_unit: bool, dtype: torch.dtype, rows: int, shape: tuple[int, ...], scheme: str
+) -> str:
+    """The name of what `fp8_linear` runs for `rows` inputs of `dtype` and a weight of `shape`: "scaled_mm", "numba" or
+    "dequantize"."""
+    fits = rows > 0 and all(size % SCALED_MM_MULTIPLE == 0 for size in shape)
+    if has_unit and fits and scheme != "none":
+        return "scaled_mm"
+    return "numba" if device_type == "cpu" and has_fast_numba(FP8, dtype, rows) else "dequantize"
+
+
+@torch.library.custom_op("skywork_hf::cpu_linear", mutates_args=())
+def _compiled_linear(
+    inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, quantize_activations: bool
+) -> torch.Tensor:
+    """What torch.compile sees of a quantised linear on a CPU: which kernel may run depends on where tensors begin,
+    which is not known while compiling."""
+    if weight.dtype == FP8:
+        return fp8_linear(inputs, weight, scale, "none", None)
+    return int8_linear(inputs, weight, scale, quantize_activations)
+
+
+@_compiled_linear.register_fake
+def _(inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, quantize_activations: bool) -> torch.Tensor:
+    return inputs.new_empty(inputs.shape[0], weight.shape[0])
+
+
+@cache
+def _numba() -> Any:
+    """The CPU kernels, where numba is."""
+    try:
+        from . import cpu_kernels
+    except Exception as error:
+        _numba_error.append(error)
+        return None
+    return cpu_kernels
+
+
+_numba_error: list[Exception] = []
+
+
+def ready_cpu_kernels(dtypes: Iterable[torch.dtype]) -> None:
+    """Compile the CPU kernels for weights of these dtypes before they are needed; or say what is lost without them."""
+    kernels = _numba()
+    if kernels is not None:
+        kernels.compile_for(dtypes)
+        return
+    error = _numba_error[0]
+    is_missing = isinstance(error, ModuleNotFoundError) and error.name == "numba"
+    reason = "is not installed" if is_missing else f"fails ({error})"
+    logger.warning_once(
+        f"numba {reason}, so torch's kernels run on the CPU: a decoded token takes about twice as long with int8 and "
+        "bfloat16 weights, and many times as long with FP8. `pip install skywork-hf[cpu]` brings it."
+    )
+
+
+def _has_vnni() -> bool:
+    """Whether torch's integer matmul has instructions of its own. (The environment may keep torch from using them.)"""
+    return torch.cpu._is_vnni_supported() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def _has_bfloat16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 @cache
@@ -203,14 +343,15 @@ def unpacking_bytes(elements: int, weight_dtype: torch.dtype, inputs: torch.dtyp
         device_type: "cpu", or a GPU's.
     """
     compute = _compute_dtype(device_type, inputs)
-    # See `_block`: float16 is made from real values in 32 bit, and a CPU takes FP8's bits through 16 bit.
-    beside = 4 if compute == torch.float16 else 2 if (weight_dtype, device_type) == (FP8, "cpu") else 0
+    # See `_block`: float16 is made from real values in 32 bit, and torch takes FP8's bits on a CPU through 16 bit.
+    through_16_bit = (weight_dtype, device_type) == (FP8, "cpu") and _numba() is None
+    beside = 4 if compute == torch.float16 else 2 if through_16_bit else 0
     return min(elements, block_elements(device_type)) * (compute.itemsize + beside)
 
 
 def _compute_dtype(device_type: str, inputs: torch.dtype) -> torch.dtype:
     """What a block is multiplied in: 16 bit only where that is faster."""
-    if device_type != "cpu" or (inputs == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()):
+    if device_type != "cpu" or (inputs == torch.bfloat16 and _has_bfloat16()):
         return inputs
     return torch.float32
 
@@ -221,5 +362,7 @@ def _block(
     """These rows in `compute`, and the float32 factors [rows, 1] or [1, 1] that make them real."""
     if compute == torch.float16:  # whose sums would overflow without the scale
         return real_rows(weight, scale, rows).to(compute), torch.ones(1, 1, device=weight.device)
+    if weight.device.type == "cpu" and compute != torch.float16 and _numba() is not None:
+        return _numba().unpack(weight[rows].contiguous(), compute), column(scale, rows)
     values, factor = unpack(weight[rows], compute)
     return values, column(scale, rows) * factor

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..headers import StoredTensor, read_headers
 from . import checks, formats, matmul
 from .config import ALL, WITHOUT_FP8, SkyworkFp8Config, SkyworkInt8Config
-from .linear import SkyworkFp8Linear, SkyworkInt8Linear, SkyworkQuantizedLinear
+from .linear import SkyworkFp8Linear, SkyworkInt8Linear, SkyworkQuantizedLinear, is_plain
 
 logger = logging.get_logger(__name__)
 
@@ -226,7 +226,7 @@ def linears_to_quantize(model: Any, modules_to_not_convert: list[str] | None) ->
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and should_convert_module(name, skipped)
+        if is_plain(module) and should_convert_module(name, skipped)
     }
 
 
