@@ -10,7 +10,7 @@ from __future__ import annotations
 from peft import LoraConfig
 
 from skywork_hf import SkyworkConfig, SkyworkMoeConfig
-from skywork_hf.placement.devices import CARDS, GIB
+from skywork_hf.placement.devices import GIB
 from skywork_hf.placement.spread import DoesNotFit
 from skywork_hf.training.memory import FinetuningMemory, finetuning_memory
 
@@ -46,7 +46,7 @@ def _by_part(memories: dict[str, FinetuningMemory]) -> str:
 
 def _by_cards(memories: dict[str, FinetuningMemory]) -> str:
     rows = [
-        [f"{count} x {CARDS[card].memory} GB", *(_fullest(memory, card, count) for memory in memories.values())]
+        [f"{count} x {card}", *(_fullest(memory, card, count) for memory in memories.values())]
         for card in KINDS_OF_CARD
         for count in COUNTS
     ]

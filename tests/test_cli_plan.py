@@ -46,13 +46,14 @@ def test_the_table_and_the_map(folder, capsys):
 
 def test_everything_that_can_be_asked(folder, tmp_path, capsys):
     options = "--gpu 2xrtx4090 --gpu rtx3090 --ram 200GiB --quantization gpu=fp8 cpu=int8 --context 2048 --batch 2"
+    options += " --kv-cache-dtype fp8"
     more = f"--bandwidth cpu=60 --will-it-help rtx3090 --figure {tmp_path}/plan.png --save {tmp_path}/plan.json"
     main(["plan", folder, *options.split(), *more.split()])
     printed = capsys.readouterr().out
-    assert "2 sequences of 2,048 tokens" in printed
+    assert "2 sequences of 2,048 tokens, KV cache in fp8" in printed
     assert "int8 (numba)" in printed
     assert "of the time reading experts on CPU" in printed
-    assert "One more rtx3090: 24 GiB" in printed
+    assert "One more rtx3090: 23.56 GiB" in printed
     assert "measured here" not in printed
     assert (tmp_path / "plan.png").stat().st_size > 10_000
     plan = PlacementPlan.load(tmp_path / "plan.json")
@@ -110,6 +111,8 @@ def test_what_does_not_fit_says_how_much_is_missing(folder):
     ("options", "message"),
     [
         ("--gpu 8xrtx9", "No card called 'rtx9'"),
+        ("--gpu 8xrtx4090s", "'rtx4090s' is known: the nearest are rtx4090, "),
+        ("--gpu 24GiB --kv-cache-dtype fp4", "`kv_cache_dtype`='fp4': expected one of fp8, int8"),
         ("--gpu x", "No card called 'x'"),
         ("--gpu 8x", "--gpu 8x: expected a card or a size"),
         ("--gpu 0x24GiB", "--gpu 0x24GiB: expected a card or a size"),

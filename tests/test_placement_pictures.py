@@ -88,7 +88,7 @@ def test_what_is_written(tight):
     assert "one sequence of 64 tokens" in " ".join(written[0].split())
     assert "GPU 1" in written
     assert "CPU" in written
-    assert {"dense part", "experts", "KV cache", "working space", "context", "free"} <= set(written)
+    assert {"dense part", "experts", "KV cache", "working space", "margin", "free"} <= set(written)
     assert not any("unknown" in text for text in written)
 
 

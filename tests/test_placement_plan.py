@@ -17,8 +17,8 @@ from tiny import checkpoint, tiny_dense_config, tiny_moe_config
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from skywork_hf import SkyworkConfig, SkyworkFp8Config, SkyworkInt8Config, SkyworkMoeConfig, plan_device_map
-from skywork_hf.placement import ExpertUsage, PlacementPlan
-from skywork_hf.placement.devices import GIB, devices_of
+from skywork_hf.placement import ExpertUsage, PlacementPlan, devices
+from skywork_hf.placement.devices import CARDS, GIB, MARGIN, Device, devices_of
 
 FULL = SkyworkMoeConfig()
 HIDDEN, FFN, LAYERS, EXPERTS, TOKENS = 4608, 12288, 52, 16, 8192
@@ -65,7 +65,7 @@ def test_the_full_model_fits(memory, quantization, methods):
 def test_the_experts_of_a_layer_are_on_all_gpus_evenly():
     plan = plan_device_map(FULL, dict.fromkeys(range(8), "24GiB"), "fp8")
     assert all(Counter(layer) == dict.fromkeys(range(8), 2) for layer in plan.placement.experts)
-    tight = plan_device_map(FULL, {**dict.fromkeys(range(4), "24GiB"), "cpu": "128GiB"}, "fp8")
+    tight = plan_device_map(FULL, {**dict.fromkeys(range(4), "rtx4090"), "cpu": "128GiB"}, "fp8")
     for layer in tight.placement.experts:
         counts = [layer.count(key) for key in range(4)]
         assert max(counts) - min(counts) <= 1
@@ -74,13 +74,13 @@ def test_the_experts_of_a_layer_are_on_all_gpus_evenly():
 def test_what_does_not_fit_is_refused_with_advice_that_holds():
     memory = dict.fromkeys(range(4), "24GiB")
     with pytest.raises(
-        ValueError, match=r"62\.\d+ GiB are missing .* with 4 more GPUs of 24 GiB, or with 66 GiB"
+        ValueError, match=r"65\.\d+ GiB are missing .* with 4 more GPUs of 24 GiB, or with 69 GiB"
     ) as error:
         plan_device_map(FULL, memory, "fp8")
     assert "quantization" not in str(error.value)
     plan_device_map(FULL, dict.fromkeys(range(8), "24GiB"), "fp8")
-    plan_device_map(FULL, {**memory, "cpu": "66GiB"}, "fp8")
-    for too_little in (dict.fromkeys(range(7), "24GiB"), {**memory, "cpu": "65GiB"}):
+    plan_device_map(FULL, {**memory, "cpu": "69GiB"}, "fp8")
+    for too_little in (dict.fromkeys(range(7), "24GiB"), {**memory, "cpu": "68GiB"}):
         with pytest.raises(ValueError, match="GiB are missing"):
             plan_device_map(FULL, too_little, "fp8")
 
@@ -104,6 +104,41 @@ def test_time_and_memory():
     seconds, size = map(float, printed.split())
     assert seconds < 10
     assert size * (1 if sys.platform == "darwin" else 1024) < 2 * GIB
+
+
+def test_a_card_by_name_keeps_the_margin_of_what_torch_sees():
+    config = SkyworkMoeConfig(num_hidden_layers=4, num_experts=[64])
+    for card, spec in CARDS.items():
+        plan = plan_device_map(config, {0: card, "cpu": "300GiB"}, "int8", context_tokens=512)
+        kinds = plan.bytes_per_device[0]
+        assert plan.experts_on("cpu") or spec.memory > 44
+        assert kinds["margin"] == pytest.approx(sum(MARGIN.values()) * GIB)
+        assert sum(kinds.values()) <= spec.memory * GIB
+    for kind in MARGIN:
+        assert kind in str(plan).splitlines()[-1]
+
+
+def test_what_is_free_now_has_a_context_already(monkeypatch):
+    monkeypatch.setattr(devices, "get_max_memory", lambda: {0: 24 * GIB, "cpu": 300 * GIB})
+    config = tiny_moe_config()
+    there, given = (plan_device_map(config, memory) for memory in (None, {0: "24GiB", "cpu": "300GiB"}))
+    differs = given.bytes_per_device[0]["margin"] - there.bytes_per_device[0]["margin"]
+    assert differs == pytest.approx(MARGIN["CUDA's context"] * GIB, abs=1)
+    assert "context" in str(given) and "context" not in str(there)  # noqa: PT018
+
+
+def test_a_cache_of_fewer_bits_leaves_room_for_experts():
+    memory, cards = {"cpu": "128GiB"}, dict.fromkeys(range(4), "rtx4090")
+    plans = {held: plan_device_map(FULL, cards | memory, "fp8", kv_cache_dtype=held) for held in (None, "fp8", "int4")}
+    cache = {held: sum(kinds["cache"] for kinds in plan.bytes_per_device.values()) for held, plan in plans.items()}
+    assert cache[None] == 2 * cache["fp8"] == KV_BYTES
+    assert cache["int4"] == pytest.approx(KV_BYTES * (4.5 / 16 + 128 / TOKENS))
+    for held, plan in plans.items():
+        check_budgets(plan)
+        assert (held is None) == ("KV cache in" not in str(plan))
+    assert plans["fp8"].experts_on("cpu") < plans[None].experts_on("cpu")
+    assert "KV cache in fp8" in str(plans["fp8"]).splitlines()[0]
+    assert "'backend': 'quanto', 'nbits': 4" in str(plans["int4"])
 
 
 # --- any model, any budgets
@@ -130,7 +165,7 @@ def problems(draw: Any) -> dict[str, Any]:
         pairs = torch.randint(0, 20, (len(layers), experts, experts), generator=torch.Generator().manual_seed(seed))
         usage = ExpertUsage(layers, counts, pairs + pairs.transpose(1, 2), tokens=100)
     gpus = draw(st.integers(0, 4))
-    beside = CUDA_AND_WORKING if gpus else 0
+    beside = MARGIN_AND_WORKING if gpus else 0
     memory: dict[Any, Any] = {n: beside + draw(st.integers(0, 300)) * 1024 for n in range(gpus)}
     memory["cpu"] = draw(st.sampled_from([0, 2**20, 2**30]))
     quantization = draw(st.sampled_from([None, "fp8", "int8", "nf4", {"gpu": "fp8", "cpu": "int8"}]))
@@ -141,12 +176,13 @@ def problems(draw: Any) -> dict[str, Any]:
         "expert_usage": usage,
         "context_tokens": 16,
         "strategy": strategy,
+        "kv_cache_dtype": draw(st.sampled_from([None, "fp8", "int8", "int4", "int2"])),
         "bandwidth": {n: draw(st.sampled_from([500, 1000])) for n in range(gpus)} if draw(st.booleans()) else None,
     }
 
 
 # Of these models: what a GPU needs beside weights. The random budgets lie around it.
-CUDA_AND_WORKING = GIB // 2 + 200 * 1024
+MARGIN_AND_WORKING = Device(0, "", 0).margin + 200 * 1024
 
 
 @settings(max_examples=150, deadline=None)
@@ -283,7 +319,7 @@ def test_saved_and_loaded(tmp_path):
         plan_device_map(FULL, memory, {"gpu": "fp8", "cpu": "int8"}, bandwidth={"cpu": 60}),
         plan_device_map(FULL, memory, SkyworkFp8Config(int8_devices="without_fp8"), context_tokens=100, batch_size=2),
         plan_device_map(FULL, dict.fromkeys(range(8), "24GiB"), BitsAndBytesConfig(load_in_4bit=True)),
-        plan_device_map(SkyworkConfig(), {0: "24GiB", "cpu": "64GiB"}, dtype="float16"),
+        plan_device_map(SkyworkConfig(), {0: "24GiB", "cpu": "64GiB"}, dtype="float16", kv_cache_dtype="int4"),
     ]
     for plan in reversed(plans):
         plan.save(tmp_path / "plan.json")
@@ -306,17 +342,17 @@ def test_will_it_help():
     memory = {**dict.fromkeys(range(4), "rtx4090"), "cpu": "128GiB"}
     plan = plan_device_map(FULL, memory, {"gpu": "fp8", "cpu": "int8"}, bandwidth={"cpu": 60})
     answer = plan.will_it_help("rtx3090")
-    assert answer.gib == 24
+    assert answer.gib == pytest.approx(CARDS["rtx3090"].memory)
     assert answer.experts_moved_off_the_cpu == plan.experts_on("cpu") - answer.after.experts_on("cpu") > 100
     assert answer.after.tokens_per_second > plan.tokens_per_second
     check_budgets(answer.after)
-    assert "24 GiB" in str(answer)
+    assert "One more rtx3090: 23.56 GiB" in str(answer)
     assert plan.will_it_help("12GiB").gib == 12
     with pytest.raises(ValueError, match="The card is '24parsecs': expected bytes, or a size"):
         plan.will_it_help("24parsecs")
     with pytest.raises(ValueError, match=r"With a rtx3090 the model no longer fits: .* GiB are missing on GPUs"):
         plan_device_map(FULL, {"cpu": "128GiB"}, "nf4").will_it_help("rtx3090")
-    with pytest.raises(ValueError, match=r"'rtx9999' is known; expected one of rtx3060"):
+    with pytest.raises(ValueError, match=r"'rtx9999' is known: .*expected one of rtx3060"):
         plan.will_it_help("rtx9999")
 
 
@@ -434,7 +470,9 @@ def test_every_form_of_quantization(config, quantization, methods):
         ({"quantization": {"gpu": "fp8"}}, "says nothing of device 'cpu'"),
         ({"quantization": {"gpu": "nf4", "cpu": "int8"}}, "only fp8 and int8 can be mixed"),
         ({"quantization": {"gpu": "fp8", "cpu": "int8", 7: "fp8"}}, "which are no devices"),
-        ({"max_memory": {0: "many"}}, "No card called 'many'"),
+        ({"max_memory": {0: "many"}}, "No card called 'many' is known: expected one of rtx3060"),
+        ({"max_memory": {0: "RTX 409"}}, "'RTX 409' is known: the nearest are rtx4090, "),
+        ({"kv_cache_dtype": "fp4"}, "`kv_cache_dtype`='fp4': expected one of fp8, int8, int4, int2"),
         ({"max_memory": {0: "24parsecs"}}, "`max_memory` of 0 is '24parsecs'"),
         ({"max_memory": {0: -1}}, "`max_memory` of 0 is -1"),
         ({"max_memory": {"toaster": "1GiB"}}, "'toaster' is no device"),

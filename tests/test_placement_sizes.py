@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import checkpoint, tiny_dense_config, tiny_moe_config, tokens
-from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from tiny import checkpoint, peak_bytes, tiny_dense_config, tiny_moe_config, tokens
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, cache_utils
 
 from skywork_hf import (
     SkyworkForCausalLM,
@@ -21,7 +20,7 @@ from skywork_hf import (
     placement_report,
     plan_device_map,
 )
-from skywork_hf.placement.sizes import model_parts
+from skywork_hf.placement.sizes import KV_CACHE_BACKENDS, KV_CACHE_BITS, model_parts
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
@@ -122,19 +121,6 @@ def test_the_plan_of_another_class_is_refused(tmp_path):
 
 
 @torch.no_grad()
-def peak_of_a_forward(model: Any, ids: torch.Tensor) -> int:
-    """The most bytes that a forward pass held at once beside the weights, from every allocation that it made."""
-    model(ids[:, :4])  # what is made once
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        model(ids, logits_to_keep=1)
-    held = peak = 0
-    for event in profiled.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", ["dense", "moe", "moe one expert", "int8 moe"])
 def test_working_space_is_enough_and_not_much_more(kind, dtype, tmp_path):
@@ -150,8 +136,50 @@ def test_working_space_is_enough_and_not_much_more(kind, dtype, tmp_path):
             layer.block_sparse_moe.gate.weight.data.zero_()
     ids = tokens(1, 512, vocab=640)
     parts = model_parts(model_class, config, dtype, None)
-    cache = config.num_hidden_layers * parts.kv_bytes(512)
-    planned = cache + parts.dense_working_bytes(512, 1) + parts.expert_working_bytes(512)
-    peak = peak_of_a_forward(model.eval(), ids)
+    cache = config.num_hidden_layers * parts.kv_bytes(512, 1)
+    unpacking = parts.unpacking_bytes("int8" if quantization else "", "cpu")
+    planned = cache + parts.dense_working_bytes(512, 1) + parts.expert_working_bytes(512) + unpacking
+    model.eval()(ids[:, :4])  # what is made once
+    peak = peak_bytes(lambda: model(ids, logits_to_keep=1))
     print(f"{kind} {dtype}: {planned / peak:.2f} times the peak")
     assert peak <= planned <= 4 * peak
+
+
+# --- the KV cache
+
+KV = {"num_key_value_heads": 2, "num_attention_heads": 4, "hidden_size": 256}
+
+
+def kv_parts(held: str | None) -> Any:
+    return model_parts(SkyworkMoeForCausalLM, tiny_moe_config(**KV), torch.bfloat16, None, held)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("held", ["fp8", "int8", "int4", "int2"])
+def test_a_cache_of_fewer_bits_takes_what_is_planned(held):
+    """One token more, after 299 of each of three sequences: all is unpacked, and packed again."""
+    options: Any = {} if held == "fp8" else {"nbits": KV_CACHE_BITS[held], "residual_length": 1}
+    if held == "fp8" and not hasattr(cache_utils, "Fp8QuantizedLayer"):
+        pytest.skip("transformers has no cache in FP8")
+    pytest.importorskip({"fp8": "torch", "hqq": "hqq", "quanto": "optimum.quanto"}[KV_CACHE_BACKENDS[held]])
+    names = {"fp8": "Fp8QuantizedLayer", "hqq": "HQQQuantizedLayer", "quanto": "QuantoQuantizedLayer"}
+    layer = getattr(cache_utils, names[KV_CACHE_BACKENDS[held]])(**options)
+    prompt, token = ([torch.randn(3, 2, length, 64).bfloat16() for _ in range(2)] for length in (299, 1))
+    layer.update(*prompt)
+    peak = peak_bytes(lambda: layer.update(*token))
+    growth = [parts.dense_working_bytes(900, 3) for parts in (kv_parts(held), kv_parts(None))]
+    planned = growth[0] - growth[1] + kv_parts(None).kv_bytes(900, 3)
+    print(f"{held}: {peak / kv_parts(None).kv_bytes(900, 3):.2f} times the layer's cache in 16 bit")
+    assert 0.7 * planned <= peak <= planned + 2**16
+    if held == "fp8":
+        codes = [codes for codes, _ in (layer._quantized_keys, layer._quantized_values)]
+        assert sum(tensor.nbytes for tensor in codes) == kv_parts("fp8").kv_bytes(900, 3)
+
+
+def test_bits_scales_and_the_last_tokens_of_a_quantised_cache():
+    """What hqq and quanto hold of 64 values: so many bits, and two 16-bit numbers; each sequence's last 128 stay."""
+    plain = kv_parts(None).kv_bytes(1000, 2)
+    last = kv_parts(None).kv_bytes(256, 2)
+    for held, bits in {"int8": 8.5, "int4": 4.5, "int2": 2.5}.items():
+        assert kv_parts(held).kv_bytes(1000, 2) == plain * bits / 16 + last
+        assert kv_parts(held).kv_bytes(100, 2) < 2 * kv_parts(None).kv_bytes(100, 2)

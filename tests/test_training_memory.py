@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from simulated_device import SimulatedDevices
-from test_placement_sizes import QUANTIZATIONS, WIDE, loaded_bytes, peak_of_a_forward
-from tiny import tiny_dense_config, tiny_moe_config, tokens
+from test_placement_sizes import QUANTIZATIONS, WIDE, loaded_bytes
+from tiny import peak_bytes, tiny_dense_config, tiny_moe_config, tokens
 from transformers import AutoModelForCausalLM
 
 from skywork_hf import SkyworkConfig, SkyworkForCausalLM, SkyworkMoeConfig, SkyworkMoeForCausalLM
@@ -141,7 +141,7 @@ def test_activations_are_enough_and_not_much_more(kind, quantization, options, t
         adapted.gradient_checkpointing_enable()
     step, ids = TrainingStep(adapted, options.get("autocast", False)), tokens(2, 256, vocab=vocab)
     step(ids)  # makes the gradients, to which the measured step adds
-    peak = peak_of_a_forward(step, ids)
+    peak = peak_bytes(lambda: step(ids))
     planned = sum(memory.nbytes[part] for part in ("kept", "working", "copies"))
     print(f"{kind} {quantization} {options}: {planned / peak:.2f} times the peak")
     assert peak <= planned <= 3 * peak

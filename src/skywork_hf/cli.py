@@ -164,6 +164,7 @@ def _add_plan(commands: Any) -> None:
     add("--batch", dest="batch_size", type=int, default=1, metavar="N", help="sequences at a time; default: 1")
     add("--strategy", default="experts", help="experts (default), or layers")
     add("--usage", dest="expert_usage", metavar="FILE", help="counts of collect_expert_usage")
+    add("--kv-cache-dtype", metavar="NAME", help="fp8, int8, int4 or int2; default: the model's dtype")
     bandwidth_help = "of a device's memory, as cpu=60; cards bring theirs, and the CPU's is measured here"
     add("--bandwidth", **several, metavar="DEVICE=GB/S", help=bandwidth_help)
     add("--will-it-help", metavar="CARD", help="say what one more card would change")

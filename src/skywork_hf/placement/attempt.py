@@ -7,7 +7,7 @@ from typing import Any
 from .devices import CPU, DISK, Device, Key
 from .precision import BITSANDBYTES, PLAIN
 from .problem import KINDS, Placement, Request
-from .sizes import CUDA_CONTEXT, ModelParts, Part
+from .sizes import ModelParts, Part
 from .speed import reading_of
 from .spread import DoesNotFit, spread_dense, spread_experts
 
@@ -79,17 +79,17 @@ class _Attempt:
     def _size(self, part: Part, key: Key) -> int:
         return part.nbytes(self.methods[key], self.parts.itemsize)
 
-    def _context(self, key: Key) -> int:
-        return 0 if key in (CPU, DISK) else CUDA_CONTEXT
-
     def _working(self, key: Key, has_dense: bool, streams: bool) -> int:
         """Bytes that a device needs beside weights and cache."""
         if key == DISK:
             return 0
-        working = self.parts.expert_working_bytes(self.request.tokens)
+        tokens, device_type = self.request.tokens, "cpu" if key == CPU else "cuda"
+        working = self.parts.expert_working_bytes(tokens) + self.parts.unpacking_bytes(self.methods[key], device_type)
         if has_dense:
-            working += self.parts.dense_working_bytes(self.request.tokens, self.request.batch_size)
-        if streams and has_dense and key != CPU:
+            working += self.parts.dense_working_bytes(tokens, self.request.batch_size)
+        if streams and key == CPU:
+            working += self.parts.pinned_bytes(tokens)
+        elif streams and has_dense:
             working += 2 * self.expert_sizes[CPU]  # the expert that computes, and the next one on its way
         if self.precision.quantises and key != CPU:
             working = max(working, self.parts.loading_bytes)
@@ -97,14 +97,16 @@ class _Attempt:
 
     def _room(self, key: Key, has_dense: bool, streams: bool) -> int:
         """Bytes that a device has for weights and cache."""
-        return self.devices[key].budget - self._context(key) - self._working(key, has_dense, streams)
+        device = self.devices[key]
+        return device.budget - device.margin - self._working(key, has_dense, streams)
 
     @property
     def _dense_units(self) -> list[tuple[list[Part], int]]:
         """What goes to one device as a whole, in the order of the forward pass: embeddings, layers, norm and LM
         head, each with the bytes of its cache."""
         embeddings, lm_head = self.parts.embeddings, self.parts.lm_head
-        layers = [([layer.dense], self.parts.kv_bytes(self.request.tokens)) for layer in self.parts.layers]
+        cache = self.parts.kv_bytes(self.request.tokens, self.request.batch_size)
+        layers = [([layer.dense], cache) for layer in self.parts.layers]
         if self.parts.is_tied:
             return [([embeddings, lm_head], 0), *layers]
         return [([embeddings], 0), *layers, ([lm_head], 0)]
@@ -157,7 +159,7 @@ class _Attempt:
                 nbytes[key]["experts"] += self._size(expert, key)
         for key, kinds in nbytes.items():
             if any(kinds.values()):
-                kinds |= {"working": self._working(key, key in dense, streams), "context": self._context(key)}
+                kinds |= {"working": self._working(key, key in dense, streams), "margin": self.devices[key].margin}
         layers = dense[1:] if self.parts.is_tied else dense[1:-1]
         lm_head = dense[0] if self.parts.is_tied else dense[-1]
         tokens = self.request.tokens, self.request.batch_size

@@ -19,6 +19,7 @@ from .devices import Key, devices_of
 from .heatmap import write
 from .picture import plan_figure
 from .problem import Request, Solution
+from .sizes import KV_CACHE_BITS
 from .spread import DoesNotFit
 from .text import describe
 from .usage import ExpertUsage
@@ -104,6 +105,7 @@ def plan_device_map(
     dtype: torch.dtype | str | None = None,
     bandwidth: dict[Any, float] | None = None,
     stream_from_rows: int | None = None,
+    kv_cache_dtype: str | None = None,
     model_class: Any = None,
     **config_options: Any,
 ) -> PlacementPlan:
@@ -116,9 +118,10 @@ def plan_device_map(
     Args:
         model: a folder, a name on the Hub, or a config.
         max_memory: all that may be used on each device, as accelerate writes it: `{0: "22GiB", "cpu": "96GiB"}`. The
-            name of a card (`{0: "rtx4090"}`) stands for all of its memory, and tells its bandwidth and whether it has
-            an FP8 unit. None is what is free now on the devices of this machine. Weights on the CPU stay mapped from
-            safetensors files, so "cpu" may be more than the RAM; `{"disk": ...}` takes the experts that remain.
+            name of a card (`{0: "rtx4090"}`) stands for what torch sees of its memory, and tells its bandwidth and
+            whether it has an FP8 unit. None is what is free now on the devices of this machine. Of each GPU a margin
+            stays free (`devices.MARGIN`). Weights on the CPU stay mapped from safetensors files, so "cpu" may be more
+            than the RAM; `{"disk": ...}` takes the experts that remain.
         quantization: None for what the checkpoint is; "fp8", "int8", "bnb-int8", "nf4", "bf16", "fp16" or "fp32"; such
             names by device, as in `{"gpu": "fp8", "cpu": "int8"}`; or a `quantization_config` of `from_pretrained`.
         context_tokens: tokens of a sequence, prompt and answer; the cache of all of them, and a prompt as long, are
@@ -127,11 +130,13 @@ def plan_device_map(
         strategy: "experts", or "layers" for whole layers one after another, as a dense model always has them.
         expert_usage: counts of `collect_expert_usage`, or their file: the least used experts leave the GPUs first,
             and those often chosen together are parted.
-        dtype: of what is not quantised and of the cache; None for the checkpoint's.
+        dtype: of what is not quantised; None for the checkpoint's.
         bandwidth: of a device's memory in GB/s, for the bound on tokens a second, where no card's name tells it:
             `{"cpu": 60}`.
         stream_from_rows: from how many rows (tokens of a prompt) on an expert that lives on the CPU is copied to its
             layer's GPU and computed there. None measures it when the model is loaded.
+        kv_cache_dtype: None for `dtype`; "fp8" as engines have it, and transformers' quantised cache by that backend;
+            "int8", "int4" or "int2" for transformers' quantised cache of so many bits.
         model_class: the class that will be loaded; None is the causal language model.
         config_options: for `AutoConfig.from_pretrained`, where `model` is no config: `revision`, `token`,
             `experts_layout`, ...
@@ -147,9 +152,15 @@ def plan_device_map(
     )
     _check_for_experts(request, expert_usage=expert_usage, stream_from_rows=stream_from_rows)
     _check_counts(stream_from_rows=stream_from_rows)
+    if kv_cache_dtype not in (None, *KV_CACHE_BITS):
+        raise ValueError(
+            f"`kv_cache_dtype`={kv_cache_dtype!r}: expected one of {', '.join(KV_CACHE_BITS)}; left away, the cache "
+            "has the model's dtype."
+        )
     devices = tuple(devices_of(max_memory, bandwidth))
     usage = ExpertUsage.load(expert_usage) if isinstance(expert_usage, str | Path) else expert_usage
-    request = replace(request, devices=devices, usage=usage, stream_from_rows=stream_from_rows)
+    asked: dict[str, Any] = {"stream_from_rows": stream_from_rows, "kv_cache_dtype": kv_cache_dtype}
+    request = replace(request, devices=devices, usage=usage, **asked)
     try:
         return PlacementPlan(request, place(request, request.parts))
     except DoesNotFit as error:
@@ -187,6 +198,7 @@ def request_of(
         strategy=strategy,
         usage=None,
         stream_from_rows=None,
+        kv_cache_dtype=None,
     )
 
 

@@ -14,7 +14,7 @@ from .speed import Reading, expected_kernel
 from .usage import ExpertUsage
 
 # What bytes are counted by.
-KINDS = ("dense", "experts", "cache", "working", "context")
+KINDS = ("dense", "experts", "cache", "working", "margin")
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Request:
     strategy: str
     usage: ExpertUsage | None
     stream_from_rows: int | None
+    kv_cache_dtype: str | None
 
     @property
     def gpus(self) -> list[Device]:
@@ -47,7 +48,8 @@ class Request:
     def title(self) -> str:
         """The model, and the sequences that are planned for."""
         count = "one sequence" if self.batch_size == 1 else f"{self.batch_size} sequences"
-        return f"{self.name}: {count} of {self.context_tokens:,} tokens"
+        cache = f", KV cache in {self.kv_cache_dtype}" if self.kv_cache_dtype else ""
+        return f"{self.name}: {count} of {self.context_tokens:,} tokens{cache}"
 
     @cached_property
     def precision(self) -> Precision:
@@ -55,9 +57,9 @@ class Request:
 
     @cached_property
     def parts(self) -> ModelParts:
-        kept = self.precision.modules_to_not_convert
+        dtype, kept = self.precision.dtype, self.precision.modules_to_not_convert
         with naming(self.name):
-            parts = model_parts(self.model_class, self.config, self.precision.dtype, kept)
+            parts = model_parts(self.model_class, self.config, dtype, kept, self.kv_cache_dtype)
         return parts if self.strategy == "experts" else replace(parts, layers=[layer.whole for layer in parts.layers])
 
 
@@ -94,7 +96,7 @@ class Solution:
 
     @property
     def bytes_per_device(self) -> dict[Key, dict[str, int]]:
-        """Bytes by device and kind: dense, experts, cache, working, context."""
+        """Bytes by device and kind: dense, experts, cache, working, margin."""
         return self.placement.nbytes
 
     @property

@@ -19,8 +19,8 @@ from .problem import Placement, Request, Solution
 from .speed import Reading
 from .usage import ExpertUsage
 
-_FORMAT = "skywork_hf placement plan 1"
-_PLAIN = ("name", "context_tokens", "batch_size", "strategy", "stream_from_rows")  # of a request
+_FORMAT = "skywork_hf placement plan 2"
+_PLAIN = ("name", "context_tokens", "batch_size", "strategy", "stream_from_rows", "kv_cache_dtype")  # of a request
 _QUANTIZATION_CLASSES = {kind.__name__: kind for kind in (SkyworkFp8Config, SkyworkInt8Config, BitsAndBytesConfig)}
 _MODEL_CLASSES = {
     name: getattr(module, name) for module in (modeling_skywork, modeling_skywork_moe) for name in module.__all__

@@ -11,14 +11,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..quantization import formats
+from ..quantization import formats, matmul
 from ..quantization.linear import SkyworkFp8Linear, SkyworkInt8Linear
 from ..quantization.quantizers import linears_to_quantize
-from .devices import GIB
-from .precision import BITSANDBYTES
+from .precision import BITSANDBYTES, PLAIN
 
-# What a CUDA context and cuBLAS's workspace take on a GPU before the first tensor: 300 to 500 MiB, by card and driver.
-CUDA_CONTEXT = GIB // 2
+# Bits of a value by `kv_cache_dtype`. "fp8" has one scale a tensor; the others are transformers' `QuantizedCache`: a
+# scale and a zero point for each group, and the last tokens of each sequence in the model's dtype.
+KV_CACHE_BITS = {"fp8": 8, "int8": 8, "int4": 4, "int2": 2}
+_KV_GROUP, _KV_RESIDUAL = 64, 128
+# Which of its backends does that; and what it has in hand while a layer's cache grows, in such caches of the model's
+# dtype: all is unpacked, appended to and, but for "fp8", packed again. Measured (tests/test_placement_sizes.py): 3.0
+# with fp8, 3.4 with quanto, 11.4 with hqq.
+KV_CACHE_BACKENDS = {"fp8": "fp8", "int8": "hqq", "int4": "quanto", "int2": "quanto"}
+_KV_UNPACKED = {None: 1, "fp8": 3, "quanto": 4, "hqq": 12}
 # Tensors that transformers' loader has in flight on a device at once: as many as it has threads.
 _LOADER_THREADS = 4
 
@@ -121,28 +127,44 @@ class ModelParts:
         layers: the decoder layers.
         lm_head: with the last norm; that alone, or a classifier's head, where the model is another.
         is_tied: LM head and embeddings share their weight, so that they belong on one device.
+        kv_cache_dtype: a name of `KV_CACHE_BITS`; None for `dtype`.
     """
 
     config: Any
-    itemsize: int
+    dtype: torch.dtype
     embeddings: Part
     layers: list[LayerParts]
     lm_head: Part
     is_tied: bool
+    kv_cache_dtype: str | None
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
 
     @property
     def head_dim(self) -> int:
         config = self.config
         return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
-    def kv_bytes(self, tokens: int) -> int:
-        """One layer's keys and values of `tokens` tokens, in the model's dtype."""
-        return 2 * tokens * self.config.num_key_value_heads * self.head_dim * self.itemsize
+    def kv_bytes(self, tokens: int, batch: int) -> int:
+        """One layer's keys and values of `tokens` tokens (all sequences together), as the cache holds them."""
+        elements = self._kv_elements(tokens)
+        if self.kv_cache_dtype is None:
+            return elements * self.itemsize
+        packed = elements * KV_CACHE_BITS[self.kv_cache_dtype] // 8
+        if self.kv_cache_dtype == "fp8":
+            return packed
+        residual = self._kv_elements(min(tokens, _KV_RESIDUAL * batch))
+        return packed + (2 * -(-elements // _KV_GROUP) + residual) * self.itemsize
+
+    def _kv_elements(self, tokens: int) -> int:
+        return 2 * tokens * self.config.num_key_value_heads * self.head_dim
 
     def dense_working_bytes(self, tokens: int, batch: int) -> int:
         """The largest transient of a layer on its own device while a prompt of `tokens` tokens (all sequences
         together) is read: the experts' inputs and outputs and their float32 sum, or attention's or a dense layer's
-        intermediates; one layer's cache, which grows by copying; the logits."""
+        intermediates; one layer's cache, which grows by copying, or by unpacking; the logits."""
         config = self.config
         hidden, itemsize = config.hidden_size, self.itemsize
         attention = 12 * hidden * itemsize
@@ -150,11 +172,18 @@ class ModelParts:
         routed = (2 + 3 * top_k) * hidden * itemsize + 2 * top_k * hidden * 4
         dense = 0 if top_k and all(layer.experts for layer in self.layers) else self._mlp_bytes_per_row
         logits = batch * config.vocab_size * (itemsize + 4)
-        return tokens * max(attention, routed, dense) + self.kv_bytes(tokens) + logits
+        backend = self.kv_cache_dtype and KV_CACHE_BACKENDS[self.kv_cache_dtype]
+        cache = _KV_UNPACKED[backend] * self._kv_elements(tokens) * itemsize
+        return tokens * max(attention, routed, dense) + cache + logits
 
     def expert_working_bytes(self, tokens: int) -> int:
-        """The largest transient of an expert that gets `tokens` tokens."""
-        return tokens * self._mlp_bytes_per_row + self.unpacking_bytes
+        """The largest transient of an expert that gets `tokens` tokens, beside `unpacking_bytes`."""
+        return tokens * self._mlp_bytes_per_row
+
+    def pinned_bytes(self, tokens: int) -> int:
+        """The pinned memory on the CPU through which GPUs send the rows of its experts and get their outputs; torch
+        rounds such memory up to powers of two."""
+        return 2 * 2 * tokens * self.config.num_experts_per_tok * self.config.hidden_size * self.itemsize
 
     @property
     def _mlp_bytes_per_row(self) -> int:
@@ -163,11 +192,20 @@ class ModelParts:
         config = self.config
         return config.intermediate_size * (3 * self.itemsize + 10) + 2 * config.hidden_size * self.itemsize
 
-    @property
-    def unpacking_bytes(self) -> int:
-        """The block of a quantised weight that a weight-only matmul unpacks at a time."""
-        config = self.config
-        return min(formats.GPU_BLOCK, config.hidden_size * config.intermediate_size) * self.itemsize
+    def unpacking_bytes(self, method: str, device_type: str) -> int:
+        """What a matmul that unpacks quantised weights takes for them at a time.
+
+        Args:
+            method: see `Precision.methods`.
+            device_type: "cpu", or a GPU's.
+        """
+        elements = self.config.hidden_size * self.config.intermediate_size
+        if method == PLAIN:
+            return 0
+        if method in BITSANDBYTES:  # the whole matrix
+            return elements * self.itemsize
+        weight_dtype = torch.int8 if method == "int8" else formats.FP8
+        return matmul.unpacking_bytes(elements, weight_dtype, self.dtype, device_type)
 
     @property
     def loading_bytes(self) -> int:
@@ -179,7 +217,11 @@ class ModelParts:
 
 
 def model_parts(
-    model_class: Any, config: PreTrainedConfig, dtype: torch.dtype, modules_to_not_convert: list[str] | None
+    model_class: Any,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    modules_to_not_convert: list[str] | None,
+    kv_cache_dtype: str | None = None,
 ) -> ModelParts:
     """Build the model on the meta device and take it apart. Takes about a second for 146B parameters, no memory."""
     with torch.device("meta"):
@@ -198,7 +240,7 @@ def model_parts(
     lm_head = part(f"{prefix}norm", *others)
     if is_tied:
         lm_head.plain -= base.embed_tokens.weight.nbytes
-    return ModelParts(model.config, dtype.itemsize, embeddings, layers, lm_head, is_tied)
+    return ModelParts(model.config, dtype, embeddings, layers, lm_head, is_tied, kv_cache_dtype)
 
 
 def _part(model: nn.Module, names: tuple[str, ...], quantised: dict[str, nn.Linear]) -> Part:

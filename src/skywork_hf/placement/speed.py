@@ -112,7 +112,7 @@ def reading_of(
     read("dense part", lm_head, size(parts.lm_head, lm_head) + tied)
     moe_layer = 0
     for layer, key, places in zip(parts.layers, dense, experts, strict=True):
-        read("dense part", key, size(layer.dense, key) + parts.kv_bytes(context))
+        read("dense part", key, size(layer.dense, key) + parts.kv_bytes(context, batch))
         if not layer.experts:
             continue
         sizes = [size(expert, place) for expert, place in zip(layer.experts, places, strict=True)]

@@ -7,8 +7,9 @@ import torch
 from .devices import CPU, DISK, GIB, Key
 from .precision import PLAIN
 from .problem import KINDS, Solution
+from .sizes import KV_CACHE_BACKENDS, KV_CACHE_BITS
 
-_COLUMNS = ("dense", "experts", "KV cache", "working", "context", "total", "budget", "read a token")
+_COLUMNS = ("dense", "experts", "KV cache", "working", "margin", "total", "budget", "read a token")
 _LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -95,7 +96,23 @@ def _conclusions(plan: Solution) -> list[str]:
             f"{', '.join(map(str, unpacked))}: no fast kernel for one token of {_weights(plan, unpacked[0])}; each "
             "matmul unpacks its weights first, which the bound does not count"
         )
-    return lines + _about_16_bit(plan)
+    return [*lines, *_about_16_bit(plan), *_about_the_cache(plan), *_about_the_margin(plan)]
+
+
+def _about_the_margin(plan: Solution) -> list[str]:
+    used = [gpu for gpu in plan.request.gpus if plan.bytes_per_device[gpu.key]["margin"]]
+    kinds = ", ".join(f"{kind} {size:.3g}" for kind, size in used[0].margin_by_kind.items()) if used else ""
+    return [f"margin, GiB of a GPU's budget: {kinds}"] if used else []
+
+
+def _about_the_cache(plan: Solution) -> list[str]:
+    """How to have the cache that is planned."""
+    held = plan.request.kv_cache_dtype
+    if held is None:
+        return []
+    config = {"backend": KV_CACHE_BACKENDS[held], **({} if held == "fp8" else {"nbits": KV_CACHE_BITS[held]})}
+    engines = ', engines with kv_cache_dtype="fp8"' if held == "fp8" else ""
+    return [f'KV cache in {held}: generate(cache_implementation="quantized", cache_config={config}){engines}']
 
 
 def _about_16_bit(plan: Solution) -> list[str]:

@@ -57,7 +57,7 @@ class TrainingParts(ModelParts):
     rank: int
     gradient_checkpointing: bool
 
-    def kv_bytes(self, tokens: int) -> int:
+    def kv_bytes(self, tokens: int, batch: int) -> int:
         """What the forward pass keeps of a layer, in the place of a cache: its input and rotary tables,
         (h + 2 head_dim) i; all that its backward pass needs, where nothing is computed again."""
         config = self.config
@@ -75,12 +75,12 @@ class TrainingParts(ModelParts):
         transients = max(self._attention_works, self._routing_works, self._mlp_works) - self._mlp_works
         layer = tokens * (self._attention_keeps + self._routing_keeps + transients)
         loss = tokens * config.vocab_size * _LOGIT
-        return max(layer, loss + self.unpacking_bytes - self.expert_working_bytes(tokens))
+        return max(layer, loss - self.expert_working_bytes(tokens))
 
     def expert_working_bytes(self, tokens: int) -> int:
         """What one layer's feed-forward part takes in the backward pass on a device that may get all k rows of every
-        token, one expert after another; a block of unpacked weights."""
-        return tokens * (self._rows * self._mlp_keeps + self._mlp_works) + self.unpacking_bytes
+        token, one expert after another, beside `unpacking_bytes`."""
+        return tokens * (self._rows * self._mlp_keeps + self._mlp_works)
 
     @property
     def _rows(self) -> int:
@@ -169,7 +169,7 @@ class FinetuningMemory:
         Returns:
             `device_map` is for `from_pretrained`. `nbytes` has by device, in bytes: "dense" and "experts" weights
             with their adapters, gradients, optimizer states and copies; "cache": the activations that are kept;
-            "working": the largest transient; "context": CUDA's.
+            "working": the largest transient; "margin": see `devices.MARGIN`.
 
         Raises:
             DoesNotFit: `shortfall` says how many bytes are missing.
@@ -189,10 +189,11 @@ class FinetuningMemory:
         * "kept": what the forward pass keeps for the backward pass: `TrainingParts.kv_bytes` of every layer;
         * "working": the larger of one layer's backward pass and of the loss (vocabulary x 16 a token);
         * "copies": autocast's of the adapters, count x 2, and the unpacked block of one quantised matrix;
-        * "context": CUDA's.
+        * "margin": see `devices.MARGIN`.
         """
         kinds = self._place([_BOUNDLESS]).nbytes[0]
-        trained, unpacked = self.trained, self.parts.unpacking_bytes
+        method = replace(self.request, devices=(_BOUNDLESS,)).precision.methods[0]
+        trained, unpacked = self.trained, self.parts.unpacking_bytes(method, "cuda")
         return {
             "weights": kinds["dense"] + kinds["experts"] - trained.training_bytes,
             "adapters": trained.nbytes,
@@ -201,7 +202,7 @@ class FinetuningMemory:
             "kept": kinds["cache"],
             "working": kinds["working"] - unpacked,
             "copies": _AUTOCAST_ITEMSIZE * trained.count + unpacked,
-            "context": kinds["context"],
+            "margin": kinds["margin"],
         }
 
     def __str__(self) -> str:
