@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig, Mixtral
 from transformers.masking_utils import create_causal_mask
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralExperts
 
-from skywork_hf import SkyworkModel, SkyworkMoeConfig, SkyworkMoeForCausalLM, SkyworkMoeModel
+from skywork_hf import SkyworkModel, SkyworkMoeConfig, SkyworkMoeForCausalLM, SkyworkMoeModel, modeling_skywork_moe
 from skywork_hf.compat import CACHE
 from skywork_hf.modeling_skywork_moe import SkyworkMoeBlock, SkyworkMoeExperts, load_balancing_loss
 
@@ -233,6 +233,50 @@ def test_equal_router_logits_choose_with_equal_weights_and_finite_gradients():
     block(hidden).sum().backward()
     assert hidden.grad.isfinite().all()
     assert block.gate.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_the_gate_weighs_by_the_softmax_over_all_experts_made_1(norm):
+    """Its weights and their gradients, from the formula: eq. 5-6 over all experts, then the chosen by their sum."""
+    config = tiny_moe_config(num_experts=[8], moe_use_logits_norm=norm, moe_gate_norm_std=1.7)
+    gate = SkyworkMoeForCausalLM(config).model.layers[0].block_sparse_moe.gate
+    hidden, upstream = torch.randn(50, 32), torch.randn(50, 2)
+    logits, weights, indices = gate(hidden)
+    (upstream * weights).sum().backward()
+    found = gate.weight.grad.clone()
+    gate.weight.grad = None
+
+    z = (hidden @ gate.weight.T).double()
+    if norm:
+        z = (z - z.mean(-1, keepdim=True)) / z.std(-1, keepdim=True) * 1.7
+    wanted, chosen = torch.softmax(z, -1).topk(2)
+    wanted = wanted / wanted.sum(-1, keepdim=True)
+    (upstream * wanted).sum().backward()
+    assert torch.equal(indices, chosen)
+    assert torch.equal(logits, F.linear(hidden, gate.weight))
+    torch.testing.assert_close(weights.double(), wanted, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found, gate.weight.grad, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_whether_weights_are_shared_is_asked_of_all_experts_once_and_of_one_each_time(monkeypatch):
+    experts = SkyworkMoeForCausalLM(tiny_moe_config()).model.layers[0].block_sparse_moe.experts
+    given = torch.randn(1, 32), torch.tensor([[0, 2]]), torch.tensor([[0.5, 0.5]])
+    asked: list[object] = []
+    is_sharded, ran = modeling_skywork_moe.is_sharded, []
+    monkeypatch.setattr(modeling_skywork_moe, "_has_processes", lambda: True)
+    monkeypatch.setattr(modeling_skywork_moe, "is_sharded", lambda part: asked.append(part) or is_sharded(part))
+    for number, expert in enumerate(experts):
+        expert.register_forward_hook(lambda *_, number=number: ran.append(number))
+    wanted = experts(*given)
+    experts(*given)
+    assert asked == [experts, experts[0], experts[0]]
+    assert set(ran) == {0, 2}
+    for parameter in experts.parameters():  # as ZeRO-3 does, whenever it is begun
+        parameter.ds_id = 0
+    ran.clear()
+    torch.testing.assert_close(experts(*given), wanted)
+    assert ran == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("norm", [True, False])

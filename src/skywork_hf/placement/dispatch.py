@@ -301,6 +301,8 @@ class Copies:
 
     def on(self, device: torch.device, value: Any) -> Any:
         """`value`, a tensor or what else has `to`, on `device`."""
+        if torch.compiler.is_compiling():
+            return value.to(device)
         source, copy = self._made.get((id(value), device), (None, None))
         if source is not value:
             copy = value.to(device)
