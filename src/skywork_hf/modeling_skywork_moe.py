@@ -217,7 +217,7 @@ class Pairs:
         self.order: torch.Tensor | None = None
         if self.tokens == 1 and not in_order:
             self.experts = top_k_index[0]
-            self.rows = hidden_states.expand(self.top_k, -1)  # [pairs, hidden_size], as below
+            self.rows = hidden_states
         else:
             self.experts, self.order = top_k_index.flatten().sort(stable=True)
             self.rows = hidden_states[self.order // self.top_k]
@@ -229,6 +229,10 @@ class Pairs:
         starts = torch.arange(experts + 1, device=self.experts.device)
         bounds = overflow.read_with(torch.searchsorted(self.experts, starts))
         return [(number, slice(*run)) for number, run in enumerate(pairwise(bounds)) if run[0] < run[1]]
+
+    def rows_of(self, run: slice, rows: torch.Tensor) -> torch.Tensor:
+        """Those of a run, in `self.rows` or a copy of them elsewhere. All runs of one token have its row."""
+        return rows if self.order is None else rows[run]
 
     def weighted_sum(self, outputs: list[torch.Tensor], top_k_weights: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden_size] of the outputs of each run, in the order of the rows; summed in float32."""
@@ -272,7 +276,7 @@ class SkyworkMoeExperts(nn.ModuleList):
             runs = with_idle(runs, experts)
         outputs = []
         for number, run in runs:
-            expert, rows = experts[number], pairs.rows[run]
+            expert, rows = experts[number], pairs.rows_of(run, pairs.rows)
             device = device_of(expert)
             output = expert(rows if device.type == "meta" else rows.to(device))
             outputs.append(output.to(hidden_states.device))

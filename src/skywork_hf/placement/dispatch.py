@@ -395,14 +395,14 @@ class PlacedExperts(SkyworkMoeExperts):
         for place, (number, run) in enumerate(runs):
             expert, device = experts[number], self.devices[number]
             if device.type != CPU:
-                rows = pairs.rows[run]
+                rows = pairs.rows_of(run, pairs.rows)
                 # accelerate moves the rows for weights that it brings.
                 inputs = rows if device.type == "meta" else rows.to(device, non_blocking=True)
                 elsewhere.append((place, expert, inputs))
             elif remote and self._streams(run):
-                streamed.append((place, partial(compute_on, here, expert), pairs.rows[run]))
+                streamed.append((place, partial(compute_on, here, expert), pairs.rows_of(run, pairs.rows)))
             else:
-                on_cpu.append((place, expert, rows_on_cpu[run]))
+                on_cpu.append((place, expert, pairs.rows_of(run, rows_on_cpu)))
         computed = {place: compute(inputs) for place, compute, inputs in (*elsewhere, *streamed, *on_cpu)}
         # A CPU must not read what is still on its way.
         outputs = [computed[place].to(here, non_blocking=remote) for place in range(len(runs))]
