@@ -25,7 +25,7 @@ placement
 placement.dispatch
 placement.pages
 placement.report
-placement.plan
+placement.machine placement.plan
 placement.advice
 placement.saving placement.text placement.picture
 placement.attempt

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from skywork_hf import (
     plan_device_map,
 )
 from skywork_hf.modeling_skywork_moe import SkyworkMoeExpert, SkyworkMoeExperts
-from skywork_hf.placement import PlacementPlan
+from skywork_hf.placement import PlacementPlan, dispatch
 from skywork_hf.quantization import matmul
 from skywork_hf.quantization.linear import SkyworkFp8Linear, SkyworkInt8Linear
 
@@ -515,47 +516,75 @@ def test_adapters_train_on_a_placed_model(tmp_path):
 # --- nothing silent
 
 
-def test_an_expert_left_in_16_bit_is_an_error_or_a_warning(tmp_path):
+def misplaced(monkeypatch: Any, path: str = "model.layers.1.block_sparse_moe.experts.2") -> None:
+    """Have loading put one expert elsewhere than the plan that is then kept says."""
+    kept = dispatch.compute_where_the_weights_are
+
+    def change(model: Any, plan: Any = None) -> None:
+        kept(model, plan)
+        moved = {**plan.placement.device_map, path: "disk"}
+        model.placement_plan = replace(plan, placement=replace(plan.placement, device_map=moved))
+
+    monkeypatch.setattr(dispatch, "compute_where_the_weights_are", change)
+
+
+def test_what_is_elsewhere_is_warned_of_after_loading_and_an_error_where_asked(tmp_path, monkeypatch, caplog):
     folder = moe_folder(tmp_path)
-    model = load(folder, device_map="experts", context_tokens=32, quantization_config=SkyworkInt8Config())
-    path = "model.layers.1.block_sparse_moe.experts.2.w2"
-    model.set_submodule(path, model.get_submodule(path).dequantize(torch.bfloat16))
+    misplaced(monkeypatch)
+    model = load(folder, device_map="experts", context_tokens=32)
+    said = "`model.layers.1.block_sparse_moe.experts.2` is on 'cpu', planned on 'disk'."
+    assert said in placement_report(model).problems
+    assert [record.message for record in caplog.records if said in record.message] == [
+        f"One thing is not as planned: {said} strict_placement=True makes errors of it."
+    ]
+    with pytest.raises(ValueError, match=r"One thing is not as planned: `model\.layers\.1\..*'disk'\.$"):
+        load(folder, device_map="experts", context_tokens=32, strict_placement=True)
+
+
+def test_an_expert_left_in_16_bit_is_always_an_error(tmp_path, monkeypatch):
+    folder = moe_folder(tmp_path)
+    kept = dispatch.compute_where_the_weights_are
+
+    def change(model: Any, plan: Any = None) -> None:
+        kept(model, plan)
+        path = "model.layers.1.block_sparse_moe.experts.2.w2"
+        model.set_submodule(path, model.get_submodule(path).dequantize(torch.bfloat16))
+
+    monkeypatch.setattr(dispatch, "compute_where_the_weights_are", change)
     with pytest.raises(ValueError, match=r"experts\.2\.w2` was left in bfloat16"):
-        placement_report(model)
-    report = placement_report(model, lenient=True)
-    assert any("experts.2.w2" in problem for problem in report.problems)
+        load(folder, device_map="experts", context_tokens=32, quantization_config=SkyworkInt8Config())
 
 
-def test_an_expert_elsewhere_is_an_error(tmp_path):
-    folder = moe_folder(tmp_path)
-    with SimulatedDevices():
-        plan = plan_device_map(folder, dict.fromkeys(GPUS, "2GiB"), context_tokens=32)
-        places = {
-            name: "cpu" if name.endswith("1.block_sparse_moe.experts.2") else key
-            for name, key in plan.device_map.items()
-        }
-        model = load(folder, device_map=places)
-        with pytest.raises(ValueError, match=r"experts\.2` is on 'cpu', planned on 'lazy:[01]'"):
-            placement_report(model, plan)
-
-
-def test_another_kernel_than_planned_is_an_error(tmp_path, monkeypatch):
-    """As where the card that is there has no FP8 unit and the planned one has."""
-    folder = moe_folder(tmp_path, hidden_size=64, intermediate_size=96)
+def test_the_report_never_raises_and_names_what_differs(tmp_path, monkeypatch):
+    """Of another shape, on other devices, by a map with gaps; as where the card that is there has no FP8 unit."""
+    folder = moe_folder(tmp_path / "moe", hidden_size=64, intermediate_size=96)
     monkeypatch.setattr(matmul, "has_fp8_unit", lambda device: False)
     plan = plan_device_map(folder, {0: "rtx4090"}, "fp8", context_tokens=32)
     assert plan.kernel(0) == "scaled_mm"
     model = load(folder, quantization_config=SkyworkFp8Config())
+    elsewhere = placement_report(model, plan).problems
+    assert any("is on 'cpu', planned on 0" in problem for problem in elsewhere)
+    assert any("'cpu' holds " in problem and "0 GiB were planned" in problem for problem in elsewhere)
     monkeypatch.setattr("skywork_hf.placement.report._key_of", lambda *_: 0)
-    with pytest.raises(ValueError, match="runs numba on 0, where scaled_mm was planned"):
-        placement_report(model, plan)
+    assert "runs numba on 0, where scaled_mm was planned" in str(placement_report(model, plan))
+    monkeypatch.undo()
+    SkyworkForCausalLM(tiny_dense_config()).save_pretrained(tmp_path / "dense")
+    for other in (plan_device_map(tmp_path / "dense", {"cpu": "1GiB"}), plan_device_map(folder, {"cpu": "1GiB"})):
+        other.placement.device_map.pop("model.layers.1.block_sparse_moe.experts.3", None)
+        assert placement_report(model, other).problems
+    model.hf_device_map = {"lm_head": "disk"}
+    assert placement_report(model, plan).problems
+    with pytest.raises(TypeError, match=r"`lenient` is no argument .* is in the report's `problems`"):
+        placement_report(model, lenient=True)
 
 
-def test_bytes_that_differ_are_an_error(tmp_path):
-    model = load(moe_folder(tmp_path / "small"), device_map="experts", context_tokens=32)
-    other = plan_device_map(moe_folder(tmp_path / "large", vocab_size=200), {"cpu": "1GiB"}, context_tokens=32)
-    with pytest.raises(ValueError, match=r"holds .* GiB of weights and .* GiB were planned"):
-        placement_report(model, other)
+def test_loading_says_where_experts_are_and_which_kernels_run(tmp_path, caplog):
+    caplog.set_level("INFO", logger="skywork_hf")
+    load(moe_folder(tmp_path), device_map="experts", context_tokens=32, quantization_config=SkyworkInt8Config())
+    said = [record for record in caplog.records if record.name.endswith("report")]
+    assert [record.levelname for record in said] == ["INFO", "INFO"]
+    assert said[0].message.endswith("one sequence of 32 tokens: experts 8 on CPU.")
+    assert said[1].message.startswith("Experts run for one token, by dtype and kernel, on CPU: int8 ")
 
 
 def test_the_report_of_a_model_without_a_plan(tmp_path):
@@ -606,13 +635,20 @@ def test_what_a_plan_says_may_be_said_again(tmp_path):
         {"expert_usage": "usage.json"},
         {"bandwidth": {"cpu": 60}},
         {"stream_from_rows": 3},
-        {"lenient_placement": True},
+        {"kv_cache_dtype": "fp8"},
+        {"strict_placement": True},
     ],
     ids=lambda argument: next(iter(argument)),
 )
 def test_what_is_for_planning_is_refused_without(name, device_map, argument):
     with pytest.raises(ValueError, match=f'`{next(iter(argument))}` is for device_map="experts"'):
         load(checkpoint(name), device_map=device_map, **argument)
+
+
+@pytest.mark.parametrize("device_map", [None, "experts"])
+def test_the_old_name_is_refused_with_the_new_one(device_map):
+    with pytest.raises(ValueError, match=r"`lenient_placement` is gone: .* `strict_placement=True`"):
+        load(checkpoint(MOE), device_map=device_map, lenient_placement=True)
 
 
 @pytest.mark.parametrize("device_map", ["expert", "Experts", "plan.json"])

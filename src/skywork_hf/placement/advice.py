@@ -66,9 +66,10 @@ def refusal(request: Request, shortfall: int) -> str:
     parts = request.parts
     ways = [*_smaller_weights(request, parts), *_more_gpus(request, parts), *_more_ram(request, parts)]
     where = ", ".join(f"{device.key}: {device.budget / GIB:.4g} GiB" for device in request.devices)
+    margin = f" (of which {request.gpus[0].margin / GIB:.3g} GiB of each GPU are its margin)" if request.gpus else ""
     advice = f"It would fit with {', or with '.join(ways)}." if ways else "No smaller weights and no more GPUs help."
     return (
-        f"{request.name} does not fit into {where or 'no devices'}: "
+        f"{request.name} does not fit into {where or 'no devices'}{margin}: "
         f"{shortfall / GIB:.4g} GiB are missing for {request.batch_size} x {request.context_tokens:,} tokens. {advice}"
     )
 

@@ -22,9 +22,10 @@ from ..quantization.config import as_config
 from ..quantization.experts import use_cpu_kernels
 from ..quantization.linear import SkyworkQuantizedLinear, is_plain
 from .devices import CPU, DISK, Key, devices_of, fastest_seconds
+from .machine import differences
 from .pages import pages_of, read_only_when_told, will_be_read
 from .plan import PlacementPlan, plan_device_map
-from .report import placement_report
+from .report import judge, log_loading, placement_report
 
 logger = logging.get_logger(__name__)
 
@@ -46,7 +47,8 @@ def load_placed(
     expert_usage: Any = None,
     bandwidth: dict[Any, float] | None = None,
     stream_from_rows: int | None = None,
-    lenient_placement: bool = False,
+    kv_cache_dtype: str | None = None,
+    strict_placement: bool = False,
     **kwargs: Any,
 ) -> Any:
     """`from_pretrained` with two more values for `device_map`.
@@ -58,9 +60,10 @@ def load_placed(
         device_map: as transformers takes it. "experts" plans with `plan_device_map` and loads by that plan; then
             `max_memory`, `quantization_config` and `dtype` are the plan's. A plan that was made before is loaded by;
             then these three, and what the config says of the model's shape, may only be given as they were planned.
-        context_tokens, batch_size, strategy, expert_usage, bandwidth, stream_from_rows: those of `plan_device_map`,
-            with `device_map="experts"` alone; None for its defaults.
-        lenient_placement: make warnings of the errors of the check at the end; with "experts" or a plan alone.
+        context_tokens, batch_size, strategy, expert_usage, bandwidth, stream_from_rows, kv_cache_dtype: those of
+            `plan_device_map`, with `device_map="experts"` alone; None for its defaults.
+        strict_placement: make errors of the warnings of what is not as planned, here and in what was loaded; with
+            "experts" or a plan alone.
         kwargs: those of transformers.
 
     Returns:
@@ -68,7 +71,8 @@ def load_placed(
         `model.placement_plan`, and checked.
 
     Raises:
-        ValueError: it does not fit, what was loaded is not what was planned, or an argument would do nothing.
+        ValueError: it does not fit, the plan's GPUs are not here or smaller, a layer that should have been quantised
+            was not, or an argument would do nothing.
     """
     planning = {
         "context_tokens": context_tokens,
@@ -77,9 +81,15 @@ def load_placed(
         "expert_usage": expert_usage,
         "bandwidth": bandwidth,
         "stream_from_rows": stream_from_rows,
+        "kv_cache_dtype": kv_cache_dtype,
     }
     planning = {key: value for key, value in planning.items() if value is not None}
-    _check_arguments(device_map, planning, lenient_placement)
+    if "lenient_placement" in kwargs:
+        raise ValueError(
+            "`lenient_placement` is gone: what is not as planned is warned of, and `strict_placement=True` makes "
+            "errors of it."
+        )
+    _check_arguments(device_map, planning, strict_placement)
     if "quantization_config" in kwargs:
         kwargs["quantization_config"] = as_config(kwargs["quantization_config"])
     if device_map == EXPERTS:
@@ -93,6 +103,7 @@ def load_placed(
         compute_where_the_weights_are(model)
         use_cpu_kernels(model)
         return loaded
+    judge(differences(plan), [], strict_placement)
     for replaced in ("torch_dtype", "max_memory"):
         kwargs.pop(replaced, None)
     kwargs |= {"device_map": plan.device_map, "dtype": plan.dtype, "quantization_config": plan.quantization_config}
@@ -101,11 +112,13 @@ def load_placed(
     model.placement_plan = plan
     compute_where_the_weights_are(model, plan)
     use_cpu_kernels(model)
-    placement_report(model, lenient=lenient_placement)
+    report = placement_report(model)
+    judge(report.problems, report.unquantized, strict_placement)
+    log_loading(report, plan)
     return loaded
 
 
-def _check_arguments(device_map: Any, planning: dict[str, Any], lenient: bool) -> None:
+def _check_arguments(device_map: Any, planning: dict[str, Any], strict: bool) -> None:
     """Refuse a `device_map` that nobody knows, and what would do nothing beside the one that is given."""
     if device_map == EXPERTS:
         return
@@ -123,8 +136,8 @@ def _check_arguments(device_map: Any, planning: dict[str, Any], lenient: bool) -
             f'`{name}` is for device_map="{EXPERTS}": '
             + ("a plan has its own, so give it to `plan_device_map`." if planned else "else nothing is planned.")
         )
-    if lenient and not planned:
-        raise ValueError(f'`lenient_placement` is for device_map="{EXPERTS}" or a plan: else nothing is checked.')
+    if strict and not planned:
+        raise ValueError(f'`strict_placement` is for device_map="{EXPERTS}" or a plan: else nothing is checked.')
 
 
 def _config(cls: Any, name: Any, kwargs: dict[str, Any]) -> Any:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.integrations.accelerate import get_device
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 
@@ -18,11 +18,14 @@ from ..quantization.linear import SkyworkFp8Linear, SkyworkInt8Linear, SkyworkLi
 from .devices import CPU, DISK, GIB, Key
 from .plan import PlacementPlan
 from .sizes import statistics_bytes
+from .text import device_name, slow_paths
 
 logger = logging.get_logger(__name__)
 
 # Loaded bytes may differ from the planned ones by this share.
 TOLERANCE = 0.01
+# So many problems are said in a message.
+_MOST_SAID = 5
 
 
 @dataclass
@@ -34,7 +37,8 @@ class PlacementReport:
         planned_bytes: the same by the plan; None without one.
         experts: by device, how many experts of which dtype run which kernel for one token, as (dtype, kernel).
         stream_from_rows: from how many rows on experts of the CPU are copied to a GPU; None for never.
-        problems: what is not as planned, in sentences.
+        problems: what is not as planned, in sentences, `unquantized` among it.
+        unquantized: the linears that should have been quantised, in sentences.
     """
 
     weight_bytes: dict[Key, int]
@@ -42,6 +46,7 @@ class PlacementReport:
     experts: dict[Key, Counter[tuple[str, str]]]
     stream_from_rows: int | None
     problems: list[str] = field(default_factory=list)
+    unquantized: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"{'device':10}{'GiB':>10}{'planned':>10}  experts (dtype, kernel for one token)"]
@@ -54,21 +59,26 @@ class PlacementReport:
         return "\n".join([*lines, *self.problems])
 
 
-def placement_report(model: Any, plan: PlacementPlan | None = None, lenient: bool = False) -> PlacementReport:
+def placement_report(model: Any, plan: PlacementPlan | None = None, **removed: Any) -> PlacementReport:
     """Look where every parameter and every expert of a loaded model is, and how it is computed.
 
     Args:
         model: a loaded Skywork model.
         plan: what it was to be; None takes `model.placement_plan`, which loading by a plan leaves there.
-        lenient: warn instead of raising.
+        removed: nothing.
 
     Returns:
-        The report; print it.
+        The report; print it. What is not as planned is in its `problems`: an expert on another device or with another
+        kernel, bytes that differ by more than 1 %, an expert in 16 bit in a quantised model.
 
     Raises:
-        ValueError: the model is not as planned: an expert on another device, in another dtype or with another kernel,
-            bytes that differ by more than 1 %, or an expert in 16 bit in a quantised model. Names it.
+        TypeError: another argument, such as `lenient`, which was one.
     """
+    for name in removed:
+        raise TypeError(
+            f"`{name}` is no argument of `placement_report`, which never raises: what is not as planned is in the "
+            "report's `problems`."
+        )
     plan = plan or getattr(model, "placement_plan", None)
     report = PlacementReport(
         weight_bytes=_weight_bytes(model),
@@ -83,14 +93,40 @@ def placement_report(model: Any, plan: PlacementPlan | None = None, lenient: boo
             _look_at(f"{name}.{number}", expert, model, plan, report)
     if report.planned_bytes is not None:
         report.problems += _differing_bytes(report.weight_bytes, report.planned_bytes)
-    for problem in report.problems if lenient else []:
-        logger.warning(problem)
-    if report.problems and not lenient:
-        raise ValueError(
-            f"{len(report.problems)} things are not as planned: {' '.join(report.problems[:5])} Ask for the whole "
-            "report with placement_report(model, lenient=True), or load with lenient_placement=True to go on."
-        )
+    report.problems[:0] = report.unquantized
     return report
+
+
+def judge(problems: list[str], unquantized: list[str], strict: bool) -> None:
+    """Raise ValueError where a layer that should have been quantised was not, or with `strict` where there is any
+    problem; warn of the others."""
+    if problems and (strict or unquantized):
+        raise ValueError(f"{_in_short(unquantized if not strict else problems)}")
+    if problems:
+        logger.warning(f"{_in_short(problems)} strict_placement=True makes errors of it.")
+
+
+def _in_short(problems: list[str]) -> str:
+    count = f"{len(problems)} things are" if len(problems) > 1 else "One thing is"
+    more = " ... `placement_report(model).problems` has them all." if len(problems) > _MOST_SAID else ""
+    return f"{count} not as planned: {' '.join(problems[:_MOST_SAID])}{more}"
+
+
+def log_loading(report: PlacementReport, plan: PlacementPlan) -> None:
+    """Where the experts are and which kernels run, and, as a warning, what is slow."""
+    places = plan.placement.experts if any(plan.placement.experts) else [plan.placement.dense]
+    held = Counter(key for row in places for key in row)
+    what = "experts" if any(plan.placement.experts) else "layers"
+    where = ", ".join(f"{held[device.key]} on {device_name(plan, device.key)}" for device in plan.request.devices)
+    logger.info(f"{plan.title}: {what} {where}.")
+    kernels = ", ".join(
+        f"{device_name(plan, key)}: {' and '.join(f'{dtype} {kernel}' for dtype, kernel in found)}"
+        for key, found in report.experts.items()
+    )
+    if kernels:
+        logger.info(f"Experts run for one token, by dtype and kernel, on {kernels}.")
+    if slow := slow_paths(plan):
+        logger.warning(f"Slow: {'. '.join(slow)}.")
 
 
 def _experts_of(model: nn.Module) -> list[tuple[str, SkyworkMoeExperts]]:
@@ -101,10 +137,18 @@ def _key_of(model: Any, name: str, tensor: torch.Tensor) -> Key:
     """The device of a tensor as a device map writes it; for one that is not in memory, where the map puts it."""
     places = getattr(model, "hf_device_map", {})
     if tensor.device.type == "meta" or (tensor.device.type == CPU and DISK in places.values()):
-        return get_device(places, name)  # type: ignore[return-value]
+        return _place(places, name, str(tensor.device))
     if tensor.device.type == "cuda":
         return tensor.device.index
     return str(tensor.device)
+
+
+def _place(device_map: Mapping[str, Any], name: str, unknown: Key = "no device") -> Key:
+    """Where a device map has a module or tensor: by its own name, or by that of the module that it is in."""
+    while name and name not in device_map:
+        name = name.rpartition(".")[0]
+    place: Key = device_map.get(name, unknown)
+    return place
 
 
 def _weight_bytes(model: Any) -> dict[Key, int]:
@@ -124,10 +168,10 @@ def _look_at(name: str, expert: Any, model: Any, plan: PlacementPlan | None, rep
     report.experts[key][dtypes, kernel] += 1
     plain = [path for path, linear in linears.items() if is_plain(linear)]
     forgotten = [path for path in plain if _should_be_quantised(model, path)]
-    report.problems += [f"`{path}` was left in {dtypes}, where the model is quantised." for path in forgotten]
+    report.unquantized += [f"`{path}` was left in {dtypes}, where the model is quantised." for path in forgotten]
     if plan is None:
         return
-    planned = plan.device_map.get(name, key)
+    planned = _place(plan.device_map, name)
     if planned != key:
         report.problems.append(f"`{name}` is on {key!r}, planned on {planned!r}.")
     elif key != DISK and not _keeps(model, plain) and kernel not in plan.kernel(key).split("/"):

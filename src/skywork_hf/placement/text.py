@@ -10,6 +10,7 @@ from .problem import KINDS, Solution
 from .sizes import KV_CACHE_BACKENDS, KV_CACHE_BITS
 
 _COLUMNS = ("dense", "experts", "KV cache", "working", "margin", "total", "budget", "read a token")
+_OVERFLOW = "experts may compute values beyond 65,504, which float16 cannot hold"
 _LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -86,17 +87,27 @@ def _conclusions(plan: Solution) -> list[str]:
             f"{away} of {total} experts are not on a GPU; those on the CPU are computed there, and copied to a GPU "
             f"for long prompts ({threshold})"
         )
+    return [*lines, *slow_paths(plan), *_about_float16(plan), *_about_the_cache(plan), *_about_the_margin(plan)]
+
+
+def slow_paths(plan: Solution) -> list[str]:
+    """What is slower than the bound says: weights that are unpacked, and cards that are older than bfloat16."""
     unpacked = [
         device.key
         for device in plan.request.devices
         if plan.weight_bytes(device.key) and plan.kernel(device.key) == "dequantize"
     ]
+    lines = []
     if unpacked:
         lines.append(
             f"{', '.join(map(str, unpacked))}: no fast kernel for one token of {_weights(plan, unpacked[0])}; each "
             "matmul unpacks its weights first, which the bound does not count"
         )
-    return [*lines, *_about_16_bit(plan), *_about_the_cache(plan), *_about_the_margin(plan)]
+    old = [str(gpu.key) for gpu in plan.request.gpus if gpu.has_bf16_unit is False]
+    if plan.request.precision.dtype is torch.bfloat16 and old:
+        instead = f"float16 is faster there{f', but {_OVERFLOW}' if _has_experts(plan) else ''}"
+        lines.append(f"{', '.join(old)}: no bfloat16 unit, so it is slower there than the bound says; {instead}")
+    return lines
 
 
 def _about_the_margin(plan: Solution) -> list[str]:
@@ -115,18 +126,13 @@ def _about_the_cache(plan: Solution) -> list[str]:
     return [f'KV cache in {held}: generate(cache_implementation="quantized", cache_config={config}){engines}']
 
 
-def _about_16_bit(plan: Solution) -> list[str]:
-    """What float16 risks, and what bfloat16 costs on cards that are older than it."""
-    dtype, request = plan.request.precision.dtype, plan.request
-    overflow = "experts may compute values beyond 65,504, which float16 cannot hold"
-    has_experts = hasattr(request.config, "num_local_experts")
-    if dtype is torch.float16 and has_experts:
-        return [f"float16: {overflow}; bfloat16 and float32 can"]
-    old = [str(device.key) for device in request.gpus if device.has_bf16_unit is False]
-    if dtype is torch.bfloat16 and old:
-        instead = f"float16 is faster there{f', but {overflow}' if has_experts else ''}"
-        return [f"{', '.join(old)}: no bfloat16 unit, so it is slower there than the bound says; {instead}"]
-    return []
+def _about_float16(plan: Solution) -> list[str]:
+    is_float16 = plan.request.precision.dtype is torch.float16
+    return [f"float16: {_OVERFLOW}; bfloat16 and float32 can"] if is_float16 and _has_experts(plan) else []
+
+
+def _has_experts(plan: Solution) -> bool:
+    return hasattr(plan.request.config, "num_local_experts")
 
 
 def bound(plan: Solution) -> str:
