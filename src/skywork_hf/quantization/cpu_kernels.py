@@ -9,13 +9,16 @@ Weights are read where they are, mapped files included, wherever they begin, and
 
 Inputs and sums are float32. An expert, `w2(silu(w1(x)) * w3(x))`, is one piece of work, in float32 up to its output.
 
-The work is cut into chunks of weight rows. The calling thread and those of a pool take chunks until none is left:
-nobody waits for a thread that has not woken, and any number of threads may call. numba's own parallel loops are no
-use: with its OpenMP layer a forked child dies, and with `workqueue` two callers at a time abort the process.
+The work is cut into chunks of weight rows. The calling thread and its helpers take chunks until none is left: nobody
+waits for a thread that has not woken, and any number of threads may call. Helpers are torch's own OpenMP threads,
+which look for work for milliseconds after each of torch's operations, and would keep threads of a pool from the cores.
+In a forked child, where those are gone, and where torch has no such threads, there is a pool. numba's own parallel
+loops are no use: with its OpenMP layer a forked child dies, and with `workqueue` two callers at a time abort.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import threading
@@ -23,24 +26,28 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import cfunc, njit, types
 from numba.extending import intrinsic
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Bytes of weights in a chunk: some ten microseconds of work, and few enough to stay in a core's own cache for the next
-# rows of inputs.
-CHUNK_BYTES = 2**18
+# Bytes of weights in a chunk: some tens of microseconds of work.
+CHUNK_BYTES = 2**20
 # Work on fewer bytes of weights is done by the caller alone: waking a thread takes as long as reading a megabyte.
 ALONE_BYTES = 2**20
-# After so many looks at a counter, some 100 us, a thread lets others have its core.
-_LOOKS = 10_000
+# Columns that are multiplied at a time, while those four rows further on are fetched: processors look ahead within a
+# page only, and a row is longer. (One row of inputs took 1.6 times as long without.)
+_TILE = 512
+# After so many looks at a counter, about a millisecond, a thread lets others have its core. (A helper that goes sooner
+# is missed: a chunk takes less.)
+_LOOKS = 1_000_000
 # Kernels from the cache take less.
 _SECONDS_TO_COMPILE = 1.0
 
@@ -59,7 +66,7 @@ _FP8_INPUTS, _FP8_BIAS = 60, 120
 _SUMS = {"reassoc", "contract"}
 _int8, _fp8, _bfloat16 = types.CPointer(types.int8), types.CPointer(types.uint8), types.CPointer(types.uint16)
 _float32, _int64 = types.CPointer(types.float32), types.CPointer(types.int64)
-_I32, _I64, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
+_I32, _I64, _FLOAT, _BYTES = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.IntType(8).as_pointer()
 
 
 def _pointer_to(pointer: types.CPointer) -> Any:
@@ -113,6 +120,32 @@ def put(typing_context: Any, pointer: Any, index: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64, types.float32), generate
+
+
+@intrinsic
+def fetch(typing_context: Any, pointer: Any, index: Any) -> Any:
+    """Have the processor begin to read what a pointer has at an index, into the cache of the core. Nothing need be
+    there."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = builder.bitcast(builder.gep(args[0], [args[1]]), _BYTES)
+        prefetch = builder.module.declare_intrinsic(
+            "llvm.prefetch", [_BYTES], ir.FunctionType(ir.VoidType(), [_BYTES, _I32, _I32, _I32])
+        )
+        builder.call(prefetch, [place, _I32(0), _I32(2), _I32(1)])  # to read, into the second cache, of data
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64), generate
+
+
+@intrinsic
+def in_line(typing_context: Any, pointer: Any) -> Any:
+    """How many of a pointer's values are in a cache line."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _I64(64 * 8 // pointer.dtype.bitwidth)
+
+    return types.int64(pointer), generate
 
 
 @intrinsic
@@ -225,35 +258,45 @@ def _give(job: Any, target: Any, row: Any, feature: Any, value: Any) -> Any:
 
 
 @njit
+def _fetch(w: Any, first: Any, columns: Any, length: Any) -> Any:
+    """These columns of four rows."""
+    for row in range(4):
+        begin = first + row * columns
+        for k in range(begin, begin + length, in_line(w)):
+            fetch(w, k)
+
+
+@njit
 def _multiply(
     job: Any, weight: Any, w: Any, bias: Any, x: Any, powers: Any, columns: Any, start: Any, stop: Any
 ) -> Any:
     """These rows of a weight by all rows of inputs: four by one or two at a time, the last ones twice where they are
     fewer."""
     rows, last = get(job, _ROWS), stop - 1
-    for row in range(0, rows, 2):
-        other = min(row + 1, rows - 1)
-        power, other_power = get(powers, row), get(powers, other)
-        for feature in range(start, stop, 4):
-            f1, f2, f3 = min(feature + 1, last), min(feature + 2, last), min(feature + 3, last)
-            a, b, c, d = feature * columns, f1 * columns, f2 * columns, f3 * columns
-            scales = (
-                _scale_of(job, weight, feature),
-                _scale_of(job, weight, f1),
-                _scale_of(job, weight, f2),
-                _scale_of(job, weight, f3),
-            )
-            if row == other:
-                sums = _one_by_four(x, row * columns, w, a, b, c, d, columns)
-            else:
-                s0, s1, s2, s3, t0, t1, t2, t3 = _two_by_four(
-                    x, row * columns, other * columns, w, a, b, c, d, columns
-                )
-                sums, others = (s0, s1, s2, s3), (t0, t1, t2, t3)
-                for n in range(min(4, stop - feature)):
-                    _give(job, weight, other, feature + n, others[n] * bias * other_power * scales[n])
+    for feature in range(start, stop, 4):
+        a, b = feature * columns, min(feature + 1, last) * columns
+        c, d = min(feature + 2, last) * columns, min(feature + 3, last) * columns
+        for row in range(0, rows, 2):
+            other = min(row + 1, rows - 1)
+            s0 = s1 = s2 = s3 = t0 = t1 = t2 = t3 = np.float32(0)
+            for k in range(0, columns, _TILE):
+                length = min(_TILE, columns - k)
+                if row == 0:
+                    _fetch(w, a + 4 * columns + k, columns, length)
+                i, j = row * columns + k, other * columns + k
+                if row == other:
+                    one = _one_by_four(x, i, w, a + k, b + k, c + k, d + k, length)
+                    s0, s1, s2, s3 = s0 + one[0], s1 + one[1], s2 + one[2], s3 + one[3]
+                else:
+                    two = _two_by_four(x, i, j, w, a + k, b + k, c + k, d + k, length)
+                    s0, s1, s2, s3 = s0 + two[0], s1 + two[1], s2 + two[2], s3 + two[3]
+                    t0, t1, t2, t3 = t0 + two[4], t1 + two[5], t2 + two[6], t3 + two[7]
+            sums, others = (s0, s1, s2, s3), (t0, t1, t2, t3)
             for n in range(min(4, stop - feature)):
-                _give(job, weight, row, feature + n, sums[n] * bias * power * scales[n])
+                scale = _scale_of(job, weight, feature + n)
+                _give(job, weight, row, feature + n, sums[n] * bias * get(powers, row) * scale)
+                if row != other:
+                    _give(job, weight, other, feature + n, others[n] * bias * get(powers, other) * scale)
 
 
 @njit
@@ -290,8 +333,8 @@ def _prepare(source: Any, x: Any, powers: Any, rows: Any, columns: Any, is_fp8: 
 
 
 @njit
-def _work(job: Any, weights: Any, is_fp8: Any, waits: Any) -> Any:
-    """Take chunks until none is left, and, where `waits`, until all are done: False where that takes long."""
+def _work(job: Any, weights: Any, is_fp8: Any) -> Any:
+    """Take chunks until none is left, and wait until all are done: False where that takes long."""
     rows, columns, hidden, features = get(job, _ROWS), get(job, _COLUMNS), get(job, _HIDDEN), get(job, _FEATURES)
     hidden_chunk, chunk = get(job, _HIDDEN_CHUNK), get(job, _CHUNK)
     x, hidden_values = float32_behind(job, 0), float32_behind(job, rows * columns)
@@ -341,7 +384,7 @@ def _work(job: Any, weights: Any, is_fp8: Any, waits: Any) -> Any:
                 )
         while not count(job, _DONE, see(job, _DONE)):
             pass
-    return not waits or _wait(job, end)
+    return _wait(job, end)
 
 
 @njit
@@ -352,20 +395,22 @@ def _wait(job: Any, chunks: Any) -> Any:
     return False
 
 
-def _int8_kernel(job: Any, waits: Any) -> Any:
-    return _work(int64_at(job.ctypes.data), int8_at(0), False, waits)
+def _int8_kernel(job: Any) -> Any:
+    return _work(int64_at(job), int8_at(0), False)
 
 
-def _fp8_kernel(job: Any, waits: Any) -> Any:
-    return _work(int64_at(job.ctypes.data), fp8_at(0), True, waits)
+def _fp8_kernel(job: Any) -> Any:
+    return _work(int64_at(job), fp8_at(0), True)
 
 
-def _bfloat16_kernel(job: Any, waits: Any) -> Any:
-    return _work(int64_at(job.ctypes.data), bfloat16_at(0), False, waits)
+def _bfloat16_kernel(job: Any) -> Any:
+    return _work(int64_at(job), bfloat16_at(0), False)
 
 
+# Called from Python with the address of a job; without the interpreter's lock, as ctypes does all its calls.
+Kernel = Callable[[int], bool]
 _SOURCES = {torch.int8: _int8_kernel, torch.float8_e4m3fn: _fp8_kernel, torch.bfloat16: _bfloat16_kernel}
-_kernels: dict[torch.dtype, Callable[[np.ndarray, bool], bool]] = {}
+_kernels: dict[torch.dtype, Kernel] = {}
 _compiling = threading.Lock()
 
 
@@ -432,9 +477,10 @@ def _start(
     job = np.empty(_HEADER + rows * (columns + hidden + 2) // 2 + 1, np.int64)
     job[: _W2 + 3] = (0, 0, 0, 0, 0, 0, 0, 0, rows, *addresses, *sizes, *fields)
     kernel = _kernels.get(last.dtype) or _compiled(last.dtype)
-    if sum(weight.nbytes for weight, _ in matrices) >= ALONE_BYTES:
-        _wake_helpers(kernel, job)
-    _finish(kernel, job)
+    helpers = torch.get_num_threads() - 1
+    if helpers and sum(weight.nbytes for weight, _ in matrices) >= ALONE_BYTES:
+        _work_together(kernel, job, helpers)
+    _finish(kernel, job.ctypes.data)
 
 
 def _chunk(columns: int, itemsize: int) -> int:
@@ -451,23 +497,44 @@ def _scale_field(scale: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
     return scale.float(), _ONE_SCALE if scale.numel() == 1 else _FLOAT32_SCALES
 
 
-def _finish(kernel: Callable[[np.ndarray, bool], bool], job: np.ndarray) -> None:
+def _finish(kernel: Kernel, address: int) -> None:
     try:
-        while not kernel(job, True):
+        while not kernel(address):
             time.sleep(0)
-    except BaseException:  # Ctrl-C; the helpers are still at work on memory that would be freed
-        while not kernel(job, True):
+    except BaseException:  # Ctrl-C; helpers may still be at work on memory that would be freed
+        while not kernel(address):
             time.sleep(0)
         raise
 
 
-def _wake_helpers(kernel: Callable[[np.ndarray, bool], bool], job: np.ndarray) -> None:
-    """Have as many threads as torch would take look for chunks; one that comes too late finds none."""
+def _work_together(kernel: Kernel, job: np.ndarray, helpers: int) -> None:
+    """Have so many more threads look for chunks; one that comes too late finds none. Some chunks may be left."""
+    if (openmp := _openmp()) is not None:
+        openmp(kernel, job.ctypes.data, helpers + 1, 0)
+        return
     try:
-        for _ in range(torch.get_num_threads() - 1):
-            _pool().submit(kernel, job, False)
+        for _ in range(helpers):
+            _pool().submit(_help, kernel, job)
     except RuntimeError:  # at the end of the interpreter no pool takes work any more
         pass
+
+
+def _help(kernel: Kernel, job: np.ndarray) -> None:
+    kernel(job.ctypes.data)
+
+
+@cache
+def _openmp() -> Any:
+    """What compilers make of a parallel region, in the OpenMP that torch was linked with: it runs a function on so
+    many threads, this one among them."""
+    if _is_forked:
+        return None
+    try:
+        parallel = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
+    except (OSError, AttributeError):  # not Linux, or another OpenMP
+        return None
+    parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return parallel
 
 
 @cache
@@ -476,7 +543,17 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), "skywork-hf-cpu-kernel")
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # as threads do not live on there
+def _after_fork() -> None:
+    """In a child, where no thread lives on."""
+    global _is_forked
+    _is_forked = True
+    _openmp.cache_clear()
+    _pool.cache_clear()
+
+
+_is_forked = False
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def compile_for(dtypes: Iterable[torch.dtype]) -> None:
@@ -485,7 +562,7 @@ def compile_for(dtypes: Iterable[torch.dtype]) -> None:
         _compiled(dtype)
 
 
-def _compiled(dtype: torch.dtype) -> Callable[[np.ndarray, bool], bool]:
+def _compiled(dtype: torch.dtype) -> Kernel:
     """The kernel for weights of a dtype, from numba's cache on the disk where that can be."""
     with _compiling:
         if dtype not in _kernels:
@@ -494,11 +571,12 @@ def _compiled(dtype: torch.dtype) -> Callable[[np.ndarray, bool], bool]:
                 lambda: logger.warning_once("Compiling CPU kernels, which takes some seconds once ..."),
             )
             notice.start()
-            signature = types.boolean(types.Array(types.int64, 1, "C"), types.boolean)
+            signature = types.boolean(types.int64)
             try:
-                _kernels[dtype] = njit(signature, nogil=True, cache=True)(_SOURCES[dtype])
+                compiled = cfunc(signature, cache=True)(_SOURCES[dtype])
             except (RuntimeError, OSError):  # no folder for a cache, or a full one
-                _kernels[dtype] = njit(signature, nogil=True)(_SOURCES[dtype])
+                compiled = cfunc(signature)(_SOURCES[dtype])
             finally:
                 notice.cancel()
+            _kernels[dtype] = compiled.ctypes
         return _kernels[dtype]
