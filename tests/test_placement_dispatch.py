@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from simulated_device import SimulatedDevices
 from tiny import checkpoint, golden, tiny_dense_config, tiny_moe_config, tokens
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, cache_utils
 
 from skywork_hf import (
     SkyworkForCausalLM,
@@ -514,6 +514,15 @@ def test_adapters_train_on_a_placed_model(tmp_path):
 
 
 # --- nothing silent
+
+
+@pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="transformers has no cache in FP8")
+def test_a_cache_that_is_planned_in_fp8_is_generated_with(tmp_path):
+    model = load(moe_folder(tmp_path), device_map="experts", context_tokens=32, kv_cache_dtype="fp8")
+    call = "generate(cache_implementation=\"quantized\", cache_config={'backend': 'fp8'})"
+    assert call in str(model.placement_plan)
+    options = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    assert model.generate(tokens(1, 8), max_new_tokens=4, min_new_tokens=4, **options).shape == (1, 12)
 
 
 def misplaced(monkeypatch: Any, path: str = "model.layers.1.block_sparse_moe.experts.2") -> None:

@@ -127,6 +127,15 @@ def test_what_is_free_now_has_a_context_already(monkeypatch):
     assert "context" in str(given) and "context" not in str(there)  # noqa: PT018
 
 
+def test_a_block_of_weights_is_unpacked_in_32_bit_for_float16():
+    """One expert's matrix, where no kernel reads its codes; in bfloat16 there is no 32-bit copy beside it."""
+    memory = {0: "rtx3090", "cpu": "300GiB"}
+    for method in ("int8", "fp8"):
+        plans = [plan_device_map(FULL, memory, method, dtype=dtype) for dtype in ("float16", "bfloat16")]
+        more, less = (plan.bytes_per_device[0]["working"] for plan in plans)
+        assert more - less == 4 * HIDDEN * FFN
+
+
 def test_a_cache_of_fewer_bits_leaves_room_for_experts():
     memory, cards = {"cpu": "128GiB"}, dict.fromkeys(range(4), "rtx4090")
     plans = {held: plan_device_map(FULL, cards | memory, "fp8", kv_cache_dtype=held) for held in (None, "fp8", "int4")}

@@ -118,7 +118,7 @@ def _with_gpus(request: Request, like: Device, count: int) -> Request:
     """`count` more GPUs."""
     numbers = [device.key for device in request.devices if isinstance(device.key, int)]
     first = max(numbers, default=-1) + 1
-    added = [replace(like, key=first + n) for n in range(count)]
+    added = [replace(like, key=first + n, has_context=False) for n in range(count)]
     others = [device for device in request.devices if not device.is_gpu]
     return replace(request, devices=(*request.gpus, *added, *others), quantization=_for_more_gpus(request))
 

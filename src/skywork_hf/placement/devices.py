@@ -259,4 +259,4 @@ def device_like(name: str, gpus: list[Device]) -> Device:
         raise ValueError(str(error).replace("`max_memory` of -1", "The card")) from None
     if new.name or not gpus:
         return new
-    return replace(gpus[0], key=-1, budget=new.budget, has_context=False)
+    return replace(gpus[0], key=-1, budget=new.budget)
