@@ -31,6 +31,8 @@ placement.saving placement.text placement.picture
 placement.attempt
 placement.problem
 placement.speed
+placement.calibration
+placement.rates
 placement.spread
 placement.sizes
 placement.precision

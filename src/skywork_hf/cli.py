@@ -18,6 +18,11 @@ example:
   skywork-hf plan Skywork/Skywork-MoE-Base-FP8 --gpu 4xrtx4090 --ram 128GiB --quantization gpu=fp8 cpu=int8 \\
       --will-it-help rtx3090 --figure plan.png
 """
+_CALIBRATE = """\
+example:
+  skywork-hf calibrate --output machine.json
+  skywork-hf plan Skywork/Skywork-MoE-Base-FP8 --calibration machine.json
+"""
 _CONVERT = """\
 examples:
   skywork-hf convert Skywork-13B-Base skywork-13b-llama --to llama
@@ -80,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("path", metavar="PATH", help="a folder with config.json and weight files")
     _add_plan(commands)
+    _add_calibrate(commands)
     _add_convert(commands)
     _add_quantize(commands)
     _add_upcycle(commands)
@@ -165,11 +171,22 @@ def _add_plan(commands: Any) -> None:
     add("--strategy", default="experts", help="experts (default), or layers")
     add("--usage", dest="expert_usage", metavar="FILE", help="counts of collect_expert_usage")
     add("--kv-cache-dtype", metavar="NAME", help="fp8, int8, int4 or int2; default: the model's dtype")
-    bandwidth_help = "of a device's memory, as cpu=60; cards bring theirs, and the CPU's is measured here"
+    bandwidth_help = "of a device's memory, as cpu=60; cards bring theirs; this machine's CPU is measured"
     add("--bandwidth", **several, metavar="DEVICE=GB/S", help=bandwidth_help)
+    calibration_help = "what `skywork-hf calibrate` wrote, on this machine or on the one that is planned for"
+    add("--calibration", metavar="FILE", help=calibration_help)
     add("--will-it-help", metavar="CARD", help="say what one more card would change")
     add("--figure", metavar="FILE", help="draw the plan: .png, .svg or .pdf")
     add("--save", metavar="FILE", help="write the plan as JSON")
+
+
+def _add_calibrate(commands: Any) -> None:
+    what = "measure this machine in about a minute, for `plan --calibration`"
+    calibrate = _command(commands, "calibrate", _calibrate, what, _CALIBRATE)
+    output_help = "default: skywork-calibration.json; replaced if it is there"
+    calibrate.add_argument("--output", default="skywork-calibration.json", metavar="FILE", help=output_help)
+    folder_help = "on the disk that weights are on: a temporary file of 192 MB is written and read; default: here"
+    calibrate.add_argument("--folder", default=".", metavar="FOLDER", help=folder_help)
 
 
 def _demo() -> None:
@@ -204,7 +221,8 @@ def _plan(
     speeds = _bandwidth(bandwidth)
     budgets = _max_memory(gpu, ram, max_memory)
     plan = plan_device_map(model, budgets, _quantization(quantization), bandwidth=speeds, **options)
-    if "cpu" not in speeds and plan.bytes_read_per_token.get("cpu"):
+    is_known = "cpu" in speeds or options["calibration"]
+    if budgets is None and not is_known and plan.bytes_read_per_token.get("cpu"):
         speeds["cpu"] = measured_bandwidth() / 1e9
         print(f"cpu: {speeds['cpu']:.0f} GB/s, measured here\n")
         plan = plan_device_map(model, budgets, _quantization(quantization), bandwidth=speeds, **options)
@@ -215,6 +233,13 @@ def _plan(
         plan.save(save)
     if figure:
         plan.draw(figure)
+
+
+def _calibrate(output: str, folder: str) -> None:
+    from .placement.measure import measured_calibration
+
+    measured_calibration(folder, _say).save(output)
+    _say(f"Wrote {output}.")
 
 
 def _max_memory(gpu: list[str], ram: str | None, max_memory: list[str]) -> dict[Any, str] | None:

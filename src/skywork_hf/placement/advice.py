@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .attempt import place
+from .attempt import fits, place
 from .devices import CPU, GIB, Device, device_like
 from .problem import Request, Solution
 from .sizes import ModelParts
 from .spread import DoesNotFit
-from .text import bound
+from .text import bound, expected
 
 # Tried where something does not fit, from the least change to the largest.
 _SMALLER = ("fp8", "int8", "nf4")
@@ -41,8 +41,8 @@ class Comparison:
         return (
             f"One more {self.card}: {self.gib:.4g} GiB, {self.experts_moved_off_the_cpu} experts off the CPU "
             f"({before.experts_on(CPU)} before, {after.experts_on(CPU)} after)\n"
-            f"  before: at most {bound(before)}\n"
-            f"  after:  at most {bound(after)}"
+            f"  before: at most {bound(before)}; expected {expected(before)}\n"
+            f"  after:  at most {bound(after)}; expected {expected(after)}"
         )
 
 
@@ -74,17 +74,9 @@ def refusal(request: Request, shortfall: int) -> str:
     )
 
 
-def _fits(request: Request, parts: ModelParts) -> bool:
-    try:
-        place(request, parts)
-    except (DoesNotFit, ValueError):  # the latter where a checkpoint is quantised and cannot become something else
-        return False
-    return True
-
-
 def _smaller_weights(request: Request, parts: ModelParts) -> list[str]:
     for name in _SMALLER:
-        if _fits(replace(request, quantization=name), parts):
+        if fits(replace(request, quantization=name), parts):
             return [f'quantization="{name}"']
     return []
 
@@ -94,7 +86,7 @@ def _more_gpus(request: Request, parts: ModelParts) -> list[str]:
         return []
     largest = max(request.gpus, key=lambda gpu: gpu.budget)
     for count in range(1, _MOST_GPUS + 1):
-        if _fits(_with_gpus(request, largest, count), parts):
+        if fits(_with_gpus(request, largest, count), parts):
             what = largest.name or f"{largest.budget / GIB:.4g} GiB"
             return [f"{count} more GPU{'s' if count > 1 else ''} of {what}"]
     return []
@@ -104,13 +96,13 @@ def _more_ram(request: Request, parts: ModelParts) -> list[str]:
     """The least whole GiB for the CPU, found by halving."""
     budget = next((device.budget for device in request.devices if device.key == CPU), 0)
     low, high = budget // GIB, 2 ** math.ceil(math.log2(budget / GIB + 1))
-    while not _fits(_with_ram(request, high * GIB), parts):
+    while not fits(_with_ram(request, high * GIB), parts):
         low, high = high, 2 * high
         if high > 2**14:
             return []
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if _fits(_with_ram(request, middle * GIB), parts) else (middle, high)
+        low, high = (low, middle) if fits(_with_ram(request, middle * GIB), parts) else (middle, high)
     return [f"{high} GiB for the CPU ({budget / GIB:.4g} GiB now)"]
 
 

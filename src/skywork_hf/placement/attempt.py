@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from .calibration import rates_of
 from .devices import CPU, DISK, Device, Key
 from .precision import BITSANDBYTES, PLAIN
 from .problem import KINDS, Placement, Request
+from .rates import Disk
 from .sizes import ModelParts, Part
-from .speed import reading_of
+from .speed import Expected, Machine, Step, expected_seconds, reading_of
 from .spread import DoesNotFit, spread_dense, spread_experts
+
+# Of a prompt whose time is expected, or all that was planned for where that is less.
+PROMPT_TOKENS = 2048
 
 
 def place(request: Request, parts: ModelParts) -> Placement:
@@ -18,13 +23,16 @@ def place(request: Request, parts: ModelParts) -> Placement:
     Raises:
         DoesNotFit: not within these budgets.
     """
-    attempt = _Attempt(request, parts)
+    return _Attempt(request, parts).place()
+
+
+def fits(request: Request, parts: ModelParts) -> bool:
+    """Whether that is within the budgets."""
     try:
-        return attempt.place(streams=False)
-    except DoesNotFit:
-        if not attempt.may_stream:
-            raise
-        return attempt.place(streams=True)
+        _Attempt(request, parts).spread()
+    except (DoesNotFit, ValueError):  # the latter where a checkpoint is quantised and cannot become something else
+        return False
+    return True
 
 
 class _Attempt:
@@ -55,12 +63,30 @@ class _Attempt:
         usable = self.gpus if bitsandbytes and self.gpus else self.request.devices
         return {device.key: device for device in usable if device.key != DISK or not self.precision.rewrites}
 
-    def place(self, streams: bool) -> Placement:
-        """With `streams` experts may live on the CPU and be copied to a GPU for long prompts, so that GPUs keep room
-        for them; without, where there are GPUs, everything is on them."""
+    def place(self) -> Placement:
+        """
+        Raises:
+            DoesNotFit: not within the budgets.
+        """
+        return self._placement(*self.spread())
+
+    def spread(self) -> tuple[list[Key], list[list[Key]], bool]:
+        """The device of each dense unit and of each expert; and whether experts may live on the CPU and be copied to a
+        GPU for long prompts, so that GPUs keep room for them: tried where GPUs do not hold everything.
+
+        Raises:
+            DoesNotFit: not within the budgets.
+        """
+        try:
+            return self._spread(streams=False)
+        except DoesNotFit:
+            if not self.may_stream:
+                raise
+            return self._spread(streams=True)
+
+    def _spread(self, streams: bool) -> tuple[list[Key], list[list[Key]], bool]:
         dense, used = self._place_dense(streams)
-        experts = self._place_experts(dense, used, streams)
-        return self._placement(dense, experts, streams)
+        return dense, self._place_experts(dense, used, streams), streams
 
     def _usage(self) -> tuple[list[list[float]], Any]:
         if not self.moe_layers:
@@ -164,4 +190,44 @@ class _Attempt:
         lm_head = dense[0] if self.parts.is_tied else dense[-1]
         tokens = self.request.tokens, self.request.batch_size
         reading = reading_of(self.parts, self._size, self.devices, layers, lm_head, experts, tokens, self.loads)
-        return Placement(device_map, layers, experts, nbytes, reading)
+        rows = self._stream_from_rows(layers, experts)
+        expected = self._expected(layers, lm_head, experts, rows)
+        return Placement(device_map, layers, experts, nbytes, reading, expected, rows)
+
+    def _machine(self, guess: bool) -> Machine:
+        """Of the devices whose speeds are known; with `guess`, of all."""
+        request, dtype = self.request, self.precision.dtype
+        devices = {CPU: Device(CPU, "", 0), **self.devices}
+        rates = rates_of(devices.values(), dtype, request.calibration, guess)
+        speed = devices[DISK].bandwidth if DISK in devices else None
+        disk = request.calibration.disk if request.calibration else None
+        return Machine(
+            devices, self.methods, rates, disk or (speed and Disk(speed, 0.0)) or None, dtype, request.config
+        )
+
+    def _stream_from_rows(self, dense: list[Key], experts: list[list[Key]]) -> int | None:
+        """As asked for; else, where experts of the CPU belong to layers of GPUs, as speeds have it."""
+        gpus = {key for key, places in zip(dense, experts, strict=True) if key != CPU and CPU in places}
+        if self.request.stream_from_rows is not None or not gpus:
+            return self.request.stream_from_rows
+        expert = next(layer.experts[0] for layer in self.moe_layers)
+        return self._machine(guess=True).stream_from_rows(expert, self._size(expert, CPU), gpus)
+
+    def _expected(self, dense: list[Key], lm_head: Key, experts: list[list[Key]], rows: int | None) -> Expected | None:
+        """None where the speed of a device that is used is unknown."""
+        machine, request = self._machine(guess=False), self.request
+        used = {*dense, lm_head, *(place for places in experts for place in places)}
+        run = {CPU if key == DISK else key for key in used}
+        if not run <= machine.rates.keys() or (DISK in used and machine.disk is None):
+            return None
+        prompt = min(request.context_tokens, PROMPT_TOKENS) * request.batch_size
+        steps = [
+            Step(request.batch_size, request.tokens, request.batch_size),
+            Step(prompt, prompt, request.batch_size),
+        ]
+        decode, read = (
+            expected_seconds(machine, self.parts, self._size, dense, lm_head, experts, step, self.loads, rows)
+            for step in steps
+        )
+        measured = [key for key in machine.rates if key in run and machine.rates[key].is_measured]
+        return Expected(decode, read, prompt // request.batch_size, measured)

@@ -127,7 +127,7 @@ class Device:
         return int(GIB * sum(self.margin_by_kind.values()))
 
 
-def _find_card(name: str) -> str | None:
+def find_card(name: str) -> str | None:
     """The key in `CARDS`, however the name is spelled (`RTX 4090`, `NVIDIA GeForce RTX 4090`), and whatever forms and
     memory sizes a driver puts around it."""
     return next((key for key in _spellings(name) if key in CARDS), None)
@@ -149,7 +149,9 @@ def _unknown_card(name: str) -> ValueError:
     )
 
 
-def devices_of(max_memory: dict[Any, Any] | None, bandwidth: dict[Any, float] | None = None) -> list[Device]:
+def devices_of(
+    max_memory: dict[Any, Any] | None, bandwidth: dict[Any, float] | None = None, here: bool = False
+) -> list[Device]:
     """The devices to plan for: GPUs in the order of their numbers, then the CPU, then the disk.
 
     Args:
@@ -157,13 +159,16 @@ def devices_of(max_memory: dict[Any, Any] | None, bandwidth: dict[Any, float] | 
             bytes or with a unit, or the name of a card, which stands for what torch sees on it. None: what is free on
             the devices that are there, beside the contexts that looking there has made.
         bandwidth: of the memory of some devices, in GB/s, where it is not known by the card's name.
+        here: whether sizes are of the GPUs of this machine, which then tell what they are; those of other machines
+            are of cards of which nothing else is known.
 
     Raises:
         ValueError: a size, a device or a card that cannot be understood.
     """
     given = get_max_memory() if max_memory is None else max_memory
     given_bandwidth = {device_key(key): _speed(key, value) for key, value in (bandwidth or {}).items()}
-    devices = [_device(device_key(key), value, given_bandwidth) for key, value in given.items()]
+    here = here or max_memory is None
+    devices = [_device(device_key(key), value, given_bandwidth, here) for key, value in given.items()]
     devices = [replace(device, has_context=device.is_gpu and max_memory is None) for device in devices]
     if len({device.key for device in devices}) < len(devices):
         raise ValueError(f"`max_memory` names a device twice: {', '.join(map(str, given))}.")
@@ -187,13 +192,13 @@ def device_key(key: Any) -> Key:
     return text
 
 
-def _device(key: Key, value: Any, bandwidth: dict[Key, float]) -> Device:
+def _device(key: Key, value: Any, bandwidth: dict[Key, float], here: bool = False) -> Device:
     if key in (CPU, DISK):
         return Device(key, "", _bytes(key, value), bandwidth.get(key), False)
-    named = _find_card(value) if isinstance(value, str) else None
+    named = find_card(value) if isinstance(value, str) else None
     if named is None and isinstance(value, str) and not re.match(r"[-+.\d]", value):
         raise _unknown_card(value)
-    name, spec = (named, CARDS[named]) if named else card_here(key)
+    name, spec = (named, CARDS[named]) if named else card_here(key) if here else ("", None)
     budget = int(CARDS[named].memory * GIB) if named else _bytes(key, value)
     speed = bandwidth.get(key, spec.bandwidth * 1e9 if spec else None)
     fp8, bf16 = (spec.capability >= needed if spec else None for needed in (FP8_CAPABILITY, BF16_CAPABILITY))
@@ -224,7 +229,7 @@ def card_here(key: Key) -> tuple[str, Card | None]:
     if not (isinstance(key, int) and torch.cuda.is_available() and key < torch.cuda.device_count()):
         return "", None
     properties = torch.cuda.get_device_properties(key)
-    known = _find_card(properties.name)
+    known = find_card(properties.name)
     bandwidth = CARDS[known].bandwidth if known else measured_bandwidth(f"cuda:{key}") / 1e9
     capability = (properties.major, properties.minor)
     return known or properties.name, Card(properties.total_memory / GIB, bandwidth, capability)

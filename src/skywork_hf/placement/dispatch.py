@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
 from functools import partial
@@ -21,18 +20,17 @@ from ..modeling_skywork_moe import Pairs, SkyworkMoeBlock, SkyworkMoeExperts, de
 from ..quantization.config import as_config
 from ..quantization.experts import use_cpu_kernels
 from ..quantization.linear import SkyworkQuantizedLinear, is_plain
-from .devices import CPU, DISK, Key, devices_of, fastest_seconds
+from .devices import CPU, DISK, Key, devices_of
 from .machine import differences
 from .pages import pages_of, read_only_when_told, will_be_read
 from .plan import PlacementPlan, plan_device_map
+from .rates import STREAM_FROM_ROWS
 from .report import judge, log_loading, placement_report
 
 logger = logging.get_logger(__name__)
 
 EXPERTS = "experts"
 _HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
-# Rows on which the CPU is timed: enough that it computes rather than reads.
-_PROBE_ROWS = 64
 
 
 def load_placed(
@@ -48,6 +46,7 @@ def load_placed(
     bandwidth: dict[Any, float] | None = None,
     stream_from_rows: int | None = None,
     kv_cache_dtype: str | None = None,
+    calibration: Any = None,
     strict_placement: bool = False,
     **kwargs: Any,
 ) -> Any:
@@ -60,8 +59,8 @@ def load_placed(
         device_map: as transformers takes it. "experts" plans with `plan_device_map` and loads by that plan; then
             `max_memory`, `quantization_config` and `dtype` are the plan's. A plan that was made before is loaded by;
             then these three, and what the config says of the model's shape, may only be given as they were planned.
-        context_tokens, batch_size, strategy, expert_usage, bandwidth, stream_from_rows, kv_cache_dtype: those of
-            `plan_device_map`, with `device_map="experts"` alone; None for its defaults.
+        context_tokens, batch_size, strategy, expert_usage, bandwidth, stream_from_rows, kv_cache_dtype, calibration:
+            those of `plan_device_map`, with `device_map="experts"` alone; None for its defaults.
         strict_placement: make errors of the warnings of what is not as planned, here and in what was loaded; with
             "experts" or a plan alone.
         kwargs: those of transformers.
@@ -82,6 +81,7 @@ def load_placed(
         "bandwidth": bandwidth,
         "stream_from_rows": stream_from_rows,
         "kv_cache_dtype": kv_cache_dtype,
+        "calibration": calibration,
     }
     planning = {key: value for key, value in planning.items() if value is not None}
     if "lenient_placement" in kwargs:
@@ -151,9 +151,10 @@ def _config(cls: Any, name: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _plan(cls: Any, name: Any, kwargs: dict[str, Any], planning: dict[str, Any]) -> PlacementPlan:
+    devices = devices_of(kwargs.get("max_memory"), planning.pop("bandwidth", None), here=True)
     return plan_device_map(
         _config(cls, name, kwargs),
-        kwargs.get("max_memory"),
+        tuple(devices),
         kwargs.get("quantization_config"),
         dtype=kwargs.get("dtype") or kwargs.get("torch_dtype"),
         model_class=cls,
@@ -174,7 +175,10 @@ def _check_fits(plan: PlacementPlan, cls: Any, name: Any, kwargs: dict[str, Any]
             raise _not_planned(key, kwargs[key], plan.dtype)
     planned_memory = {device.key: device.budget for device in request.devices}
     memory = kwargs.get("max_memory")
-    if memory is not None and {device.key: device.budget for device in devices_of(memory)} != planned_memory:
+    if (
+        memory is not None
+        and {device.key: device.budget for device in devices_of(memory, here=True)} != planned_memory
+    ):
         raise _not_planned("max_memory", memory, planned_memory)
     config = _config(cls, name, kwargs)
     here = replace(request, config=config, dtype=plan.dtype, quantization=asked or request.quantization)
@@ -217,7 +221,7 @@ def compute_where_the_weights_are(model: Any, plan: PlacementPlan | None = None)
                 remove_hook_from_module(module, recurse=True)
                 add_hook_to_module(module, _aligned(model, CPU))
     _one_hook_a_layer(model)
-    _set_streaming(model, plan.request.stream_from_rows if plan else None)
+    _set_streaming(model, plan.placement.stream_from_rows if plan else STREAM_FROM_ROWS)
 
 
 def _free_experts(name: str, experts: SkyworkMoeExperts, device_map: dict[str, Any]) -> set[int]:
@@ -434,19 +438,12 @@ def compute_on(device: torch.device, expert: nn.Module, rows: torch.Tensor) -> t
 
 
 def _set_streaming(model: Any, rows: int | None) -> None:
-    """Set from how many rows on experts of the CPU are copied to their layer's GPU; measured where `rows` is None."""
+    """Set from how many rows on experts of the CPU are copied to their layer's GPU."""
     blocks = (module for module in model.modules() if isinstance(module, SkyworkMoeBlock))
     for block in blocks:
-        experts, device = block.experts, _device(block.gate)
-        if not isinstance(experts, PlacedExperts) or device.type in (CPU, "meta"):
-            continue
-        on_cpu = next((expert for expert in experts if _can_stream(expert)), None)
-        if on_cpu is None:
-            continue
-        if rows is None:
-            rows = measured_stream_rows(on_cpu, device)
-            logger.info(f"Experts on the CPU are copied to {device} from {rows} rows on (measured).")
-        experts.stream_from_rows = rows
+        experts = block.experts
+        if isinstance(experts, PlacedExperts) and _device(block.gate).type not in (CPU, "meta"):
+            experts.stream_from_rows = rows if any(map(_can_stream, experts)) else None
 
 
 def _can_stream(expert: nn.Module) -> bool:
@@ -458,17 +455,3 @@ def _can_stream(expert: nn.Module) -> bool:
 
 def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
-
-
-@torch.no_grad()
-def measured_stream_rows(expert: nn.Module, device: torch.device) -> int:
-    """From how many rows on copying `expert` from the CPU to `device` and computing there is faster than computing it
-    on the CPU: the time of the former for few rows, in rows of the latter."""
-    weight = next(expert.parameters())
-    columns = expert.w1.in_features  # type: ignore[union-attr]
-    dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.bfloat16
-    rows = torch.randn(_PROBE_ROWS, columns, dtype=dtype)  # type: ignore[arg-type]
-    there = rows.to(device)
-    on_cpu = fastest_seconds(lambda: expert(rows)) / _PROBE_ROWS
-    streamed = fastest_seconds(lambda: compute_on(device, expert, there).sum().item())
-    return max(1, math.ceil(streamed / on_cpu))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
 from collections.abc import Iterable
 
@@ -38,6 +39,24 @@ def will_be_read(pages: Iterable[range]) -> None:
         for weight in pages:
             for start in weight:
                 _madvise(start, min(_PIECE, weight.stop - start), mmap.MADV_WILLNEED)
+
+
+def forget(pages: Iterable[range], descriptor: int) -> None:
+    """Drop what is in memory of mapped weights, and of the file that is open under `descriptor` all that nothing maps;
+    it comes from the disk when it is used again."""
+    if _madvise is not None:
+        for weight in pages:
+            _madvise(weight.start, weight.stop - weight.start, mmap.MADV_DONTNEED)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def resident(weight: range) -> float:
+    """The share of a mapped weight's pages that are in memory; 1 where nobody knows."""
+    length = weight.stop - weight.start
+    pages = (ctypes.c_ubyte * -(-length // mmap.PAGESIZE))()
+    if _madvise is None or ctypes.CDLL(None).mincore(ctypes.c_void_p(weight.start), ctypes.c_size_t(length), pages):
+        return 1.0
+    return sum(page & 1 for page in pages) / len(pages)
 
 
 def _linux_madvise() -> ctypes._NamedFuncPointer | None:

@@ -15,7 +15,8 @@ from ..untrusted import naming, read_json
 from . import saving
 from .advice import Comparison, refusal, with_one_more
 from .attempt import place
-from .devices import Key, devices_of
+from .calibration import Calibration, this_machine
+from .devices import Device, Key, devices_of
 from .heatmap import write
 from .picture import plan_figure
 from .problem import Request, Solution
@@ -95,7 +96,7 @@ class PlacementPlan(Solution):
 
 def plan_device_map(
     model: str | Path | PreTrainedConfig,
-    max_memory: dict[Any, Any] | None = None,
+    max_memory: dict[Any, Any] | tuple[Device, ...] | None = None,
     quantization: Any = None,
     *,
     context_tokens: int | None = None,
@@ -106,6 +107,7 @@ def plan_device_map(
     bandwidth: dict[Any, float] | None = None,
     stream_from_rows: int | None = None,
     kv_cache_dtype: str | None = None,
+    calibration: Calibration | str | Path | None = None,
     model_class: Any = None,
     **config_options: Any,
 ) -> PlacementPlan:
@@ -119,9 +121,9 @@ def plan_device_map(
         model: a folder, a name on the Hub, or a config.
         max_memory: all that may be used on each device, as accelerate writes it: `{0: "22GiB", "cpu": "96GiB"}`. The
             name of a card (`{0: "rtx4090"}`) stands for what torch sees of its memory, and tells its bandwidth and
-            whether it has an FP8 unit. None is what is free now on the devices of this machine. Of each GPU a margin
-            stays free (`devices.MARGIN`). Weights on the CPU stay mapped from safetensors files, so "cpu" may be more
-            than the RAM; `{"disk": ...}` takes the experts that remain.
+            whether it has an FP8 unit, which a size does not. None is what is free now on the devices of this machine.
+            Of each GPU a margin stays free (`devices.MARGIN`). Weights on the CPU stay mapped from safetensors files,
+            so "cpu" may be more than the RAM; `{"disk": ...}` takes the experts that remain.
         quantization: None for what the checkpoint is; "fp8", "int8", "bnb-int8", "nf4", "bf16", "fp16" or "fp32"; such
             names by device, as in `{"gpu": "fp8", "cpu": "int8"}`; or a `quantization_config` of `from_pretrained`.
         context_tokens: tokens of a sequence, prompt and answer; the cache of all of them, and a prompt as long, are
@@ -134,9 +136,12 @@ def plan_device_map(
         bandwidth: of a device's memory in GB/s, for the bound on tokens a second, where no card's name tells it:
             `{"cpu": 60}`.
         stream_from_rows: from how many rows (tokens of a prompt) on an expert that lives on the CPU is copied to its
-            layer's GPU and computed there. None measures it when the model is loaded.
+            layer's GPU and computed there. None for what the speeds of bus, CPU and GPU say.
         kv_cache_dtype: None for `dtype`; "fp8" as engines have it, and transformers' quantised cache by that backend;
             "int8", "int4" or "int2" for transformers' quantised cache of so many bits.
+        calibration: what `skywork-hf calibrate` has measured, or its file, for the expected speed. Where this
+            machine's devices are planned for, of this machine; else of the one that has the CPU and the disk of the
+            plan, and its GPUs where their names are the plan's. None expects what tables say.
         model_class: the class that will be loaded; None is the causal language model.
         config_options: for `AutoConfig.from_pretrained`, where `model` is no config: `revision`, `token`,
             `experts_layout`, ...
@@ -157,10 +162,16 @@ def plan_device_map(
             f"`kv_cache_dtype`={kv_cache_dtype!r}: expected one of {', '.join(KV_CACHE_BITS)}; left away, the cache "
             "has the model's dtype."
         )
-    devices = tuple(devices_of(max_memory, bandwidth))
+    here = max_memory is None or isinstance(max_memory, tuple)
+    devices = max_memory if isinstance(max_memory, tuple) else tuple(devices_of(max_memory, bandwidth))
     usage = ExpertUsage.load(expert_usage) if isinstance(expert_usage, str | Path) else expert_usage
+    calibration = Calibration.load(calibration) if isinstance(calibration, str | Path) else calibration
+    if calibration is not None:
+        if here:
+            calibration.check_is_of(this_machine())
+        devices = tuple(calibration.completed(device) for device in devices)
     asked: dict[str, Any] = {"stream_from_rows": stream_from_rows, "kv_cache_dtype": kv_cache_dtype}
-    request = replace(request, devices=devices, usage=usage, **asked)
+    request = replace(request, devices=devices, usage=usage, calibration=calibration, **asked)
     try:
         return PlacementPlan(request, place(request, request.parts))
     except DoesNotFit as error:
@@ -199,6 +210,7 @@ def request_of(
         usage=None,
         stream_from_rows=None,
         kv_cache_dtype=None,
+        calibration=None,
     )
 
 

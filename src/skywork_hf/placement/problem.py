@@ -7,10 +7,11 @@ from functools import cached_property
 from typing import Any
 
 from ..untrusted import naming
+from .calibration import Calibration
 from .devices import Device, Key
 from .precision import PLAIN, Precision, precision_of
 from .sizes import ModelParts, model_parts
-from .speed import Reading, expected_kernel
+from .speed import Expected, Reading, expected_kernel
 from .usage import ExpertUsage
 
 # What bytes are counted by.
@@ -34,6 +35,7 @@ class Request:
     usage: ExpertUsage | None
     stream_from_rows: int | None
     kv_cache_dtype: str | None
+    calibration: Calibration | None
 
     @property
     def gpus(self) -> list[Device]:
@@ -73,6 +75,8 @@ class Placement:
         experts: by layer, the device of each expert; empty for a layer without.
         nbytes: by device and kind (`KINDS`).
         reading: what a decoded token reads.
+        expected: what steps are expected to take; None where the speed of a device is unknown.
+        stream_from_rows: from how many rows on experts of the CPU are copied to their layer's GPU; None for never.
     """
 
     device_map: dict[str, Key]
@@ -80,6 +84,8 @@ class Placement:
     experts: list[list[Key]]
     nbytes: dict[Key, dict[str, int]]
     reading: Reading
+    expected: Expected | None
+    stream_from_rows: int | None
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,12 @@ class Solution:
     def tokens_per_second(self) -> float | None:
         """The bound that the bandwidths set; None where one is unknown."""
         return self.placement.reading.tokens_per_second(self.request.batch_size)
+
+    @property
+    def expected_tokens_per_second(self) -> float | None:
+        """While decoding, all sequences together, by the kernels that run; None where a device's speed is unknown."""
+        expected = self.placement.expected
+        return self.request.batch_size / sum(expected.decode.values()) if expected else None
 
     def experts_on(self, *keys: Key) -> int:
         """How many experts these devices hold."""

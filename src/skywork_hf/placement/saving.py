@@ -14,12 +14,13 @@ from .. import modeling_skywork, modeling_skywork_moe
 from ..configuration_skywork import SkyworkConfig
 from ..quantization.config import SkyworkFp8Config, SkyworkInt8Config
 from ..untrusted import read_json
+from .calibration import Calibration
 from .devices import Device
 from .problem import Placement, Request, Solution
-from .speed import Reading
+from .speed import Expected, Reading, Seconds
 from .usage import ExpertUsage
 
-_FORMAT = "skywork_hf placement plan 2"
+_FORMAT = "skywork_hf placement plan 3"
 _PLAIN = ("name", "context_tokens", "batch_size", "strategy", "stream_from_rows", "kv_cache_dtype")  # of a request
 _QUANTIZATION_CLASSES = {kind.__name__: kind for kind in (SkyworkFp8Config, SkyworkInt8Config, BitsAndBytesConfig)}
 _MODEL_CLASSES = {
@@ -39,12 +40,15 @@ def save(plan: Solution, path: str | Path) -> None:
         "quantization": _quantization_to_json(request.quantization),
         "dtype": str(request.precision.dtype).removeprefix("torch."),
         "usage": request.usage and request.usage.to_dict(),
+        "calibration": request.calibration and request.calibration.to_dict(),
         "device_map": _pairs(placement.device_map),
         "dense": placement.dense,
         "experts": placement.experts,
         "bytes": _pairs(placement.nbytes),
         "bytes_read_per_token": _pairs(placement.reading.nbytes),
         "seconds_per_step": placement.reading.seconds and _pairs(placement.reading.seconds),
+        "expected": placement.expected and _expected_to_json(placement.expected),
+        "streams_from_rows": placement.stream_from_rows,
     }
     Path(path).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
@@ -58,7 +62,7 @@ def load(path: str | Path) -> tuple[Request, Placement]:
     try:
         content = read_json(Path(path))
         if content["format"] != _FORMAT:
-            raise ValueError(f"its format is {content['format']!r}, expected {_FORMAT!r}")
+            raise ValueError(f"its format is {content['format']!r}, expected {_FORMAT!r}: plan again")
         return _request(content), _placement(content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no placement plan ({error}): write one with `plan.save`.") from error
@@ -73,18 +77,29 @@ def _request(content: dict[str, Any]) -> Request:
         quantization=_quantization_from_json(content["quantization"]),
         dtype=getattr(torch, content["dtype"]),
         usage=content["usage"] and ExpertUsage.from_dict(content["usage"]),
+        calibration=content["calibration"] and Calibration.from_dict(content["calibration"]),
     )
 
 
 def _placement(content: dict[str, Any]) -> Placement:
-    seconds = content["seconds_per_step"]
-    reading = Reading(
-        dict(content["bytes_read_per_token"]),
-        seconds and {(kind, key): value for (kind, key), value in seconds},
-    )
+    seconds, expected = content["seconds_per_step"], content["expected"]
     return Placement(
-        dict(content["device_map"]), content["dense"], content["experts"], dict(content["bytes"]), reading
+        dict(content["device_map"]),
+        content["dense"],
+        content["experts"],
+        dict(content["bytes"]),
+        Reading(dict(content["bytes_read_per_token"]), seconds and _seconds(seconds)),
+        expected and Expected(**expected | {name: _seconds(expected[name]) for name in ("decode", "prompt")}),
+        content["streams_from_rows"],
     )
+
+
+def _expected_to_json(expected: Expected) -> dict[str, Any]:
+    return {**vars(expected), "decode": _pairs(expected.decode), "prompt": _pairs(expected.prompt)}
+
+
+def _seconds(pairs: list[Any]) -> Seconds:
+    return {(kind, key): value for (kind, key), value in pairs}
 
 
 def _pairs(values: dict[Any, Any]) -> list[list[Any]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 
 from .devices import CPU, DISK, GIB, Key
 from .precision import PLAIN
 from .problem import KINDS, Solution
 from .sizes import KV_CACHE_BACKENDS, KV_CACHE_BITS
+from .speed import Seconds, largest_share
 
 _COLUMNS = ("dense", "experts", "KV cache", "working", "margin", "total", "budget", "read a token")
 _OVERFLOW = "experts may compute values beyond 65,504, which float16 cannot hold"
@@ -77,15 +80,14 @@ def letter(key: Key) -> str:
 
 
 def _conclusions(plan: Solution) -> list[str]:
-    lines = [f"at most {bound(plan)}"]
+    lines = [f"at most {bound(plan)}", *_expected(plan)]
     total = sum(map(len, plan.placement.experts))
     away = plan.experts_on(CPU, DISK)
     if away and plan.request.gpus:
-        rows = plan.request.stream_from_rows
-        threshold = "measured when it is loaded" if rows is None else f"from {rows} rows on"
+        rows = plan.placement.stream_from_rows
         lines.append(
-            f"{away} of {total} experts are not on a GPU; those on the CPU are computed there, and copied to a GPU "
-            f"for long prompts ({threshold})"
+            f"{away} of {total} experts are not on a GPU; those on the CPU are computed there, and "
+            + ("never copied to a GPU" if rows is None else f"copied to a GPU where they get {rows} rows of a prompt")
         )
     return [*lines, *slow_paths(plan), *_about_float16(plan), *_about_the_cache(plan), *_about_the_margin(plan)]
 
@@ -101,7 +103,7 @@ def slow_paths(plan: Solution) -> list[str]:
     if unpacked:
         lines.append(
             f"{', '.join(map(str, unpacked))}: no fast kernel for one token of {_weights(plan, unpacked[0])}; each "
-            "matmul unpacks its weights first, which the bound does not count"
+            "matmul unpacks its weights first, which only the expected speed counts"
         )
     old = [str(gpu.key) for gpu in plan.request.gpus if gpu.has_bf16_unit is False]
     if plan.request.precision.dtype is torch.bfloat16 and old:
@@ -137,10 +139,51 @@ def _has_experts(plan: Solution) -> bool:
 
 def bound(plan: Solution) -> str:
     """The bound on tokens a second, and what sets it."""
-    found = plan.placement.reading.bottleneck
-    if plan.tokens_per_second is None or found is None:
+    if not plan.tokens_per_second or not plan.placement.reading.seconds:
         unknown = [str(d.key) for d in plan.request.devices if d.bandwidth is None and plan.weight_bytes(d.key)]
-        return f"an unknown number of tokens a second: give the bandwidth of {', '.join(unknown)}"
-    kind, key, share = found
+        return (
+            f"an unknown number of tokens a second: give the bandwidth of {', '.join(unknown)}, or a calibration of "
+            "that machine"
+        )
+    kind, key, share = largest_share(plan.placement.reading.seconds)
     where = device_name(plan, key)
     return f"{plan.tokens_per_second:.3g} tokens a second, {share:.0%} of the time reading {kind} on {where}"
+
+
+def expected(plan: Solution) -> str:
+    """The expected tokens a second, and what takes the time."""
+    found = plan.placement.expected
+    if found is None:
+        return "an unknown number of tokens a second"
+    return f"{plan.expected_tokens_per_second:.3g} tokens a second ({_shares(plan, found.decode)})"
+
+
+def _expected(plan: Solution) -> list[str]:
+    """Of decoding and of a prompt, and where the figures come from; nothing where they are unknown."""
+    found = plan.placement.expected
+    if found is None:
+        return []
+    seconds, prompts = sum(found.prompt.values()), "a prompt" if plan.request.batch_size == 1 else "prompts"
+    used = [device.key for device in plan.request.devices if device.key != DISK and plan.weight_bytes(device.key)]
+    tables = dict.fromkeys(device_name(plan, key).partition(" ")[0] for key in used if key not in found.measured)
+    source = f"from tables, not measured: {', '.join(tables)}" if tables else "from speeds that were measured"
+    return [
+        f"expected {expected(plan)}",
+        f"expected {seconds:.3g} s for {prompts} of {found.prompt_tokens:,} tokens ({_shares(plan, found.prompt)})",
+        f"expected speeds are {source}",
+    ]
+
+
+def _shares(plan: Solution, seconds: Seconds) -> str:
+    """The three largest shares of the time, GPUs together."""
+    shares: dict[str, float] = defaultdict(float)
+    for (kind, key), amount in seconds.items():
+        is_one_of_many = key not in (CPU, DISK) and len(plan.request.gpus) > 1
+        shares[_what(kind, "GPUs" if is_one_of_many else device_name(plan, key))] += amount
+    largest = sorted(shares, key=lambda what: -shares[what])[:3]
+    return ", ".join(f"{shares[what] / sum(shares.values()):.0%} {what}" for what in largest)
+
+
+def _what(kind: str, where: str) -> str:
+    named = {"host": f"launching for {where}", "waits": f"waiting for {where}", "copies": f"copying to {where}"}
+    return named.get(kind, "reading the disk" if kind == "disk" else f"{kind} on {where}")
