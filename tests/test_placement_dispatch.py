@@ -28,6 +28,7 @@ from skywork_hf import (
 )
 from skywork_hf.modeling_skywork_moe import SkyworkMoeExpert, SkyworkMoeExperts
 from skywork_hf.placement import PlacementPlan, dispatch
+from skywork_hf.placement.report import log_loading
 from skywork_hf.quantization import matmul
 from skywork_hf.quantization.linear import SkyworkFp8Linear, SkyworkInt8Linear
 
@@ -587,13 +588,22 @@ def test_the_report_never_raises_and_names_what_differs(tmp_path, monkeypatch):
         placement_report(model, lenient=True)
 
 
-def test_loading_says_where_experts_are_and_which_kernels_run(tmp_path, caplog):
+def test_loading_says_where_experts_are_and_which_kernels_run(tmp_path, caplog, monkeypatch):
+    """And what is slow, as a warning; also of experts on a device that the plan has not."""
     caplog.set_level("INFO", logger="skywork_hf")
     load(moe_folder(tmp_path), device_map="experts", context_tokens=32, quantization_config=SkyworkInt8Config())
     said = [record for record in caplog.records if record.name.endswith("report")]
     assert [record.levelname for record in said] == ["INFO", "INFO"]
     assert said[0].message.endswith("one sequence of 32 tokens: experts 8 on CPU.")
     assert said[1].message.startswith("Experts run for one token, by dtype and kernel, on CPU: int8 ")
+    caplog.clear()
+    plan = plan_device_map(tmp_path, {0: "p40"}, "fp8", context_tokens=32, dtype="bfloat16")
+    monkeypatch.setattr("skywork_hf.placement.report._key_of", lambda *_: "lazy:7")
+    log_loading(placement_report(load(tmp_path), plan), plan)
+    assert "experts 8 on GPU lazy:7." in caplog.records[0].message
+    assert caplog.records[2].levelname == "WARNING"
+    assert caplog.records[2].message.startswith("Slow: 0: no fast kernel for one token of fp8 (dequantize); ")
+    assert "0: no bfloat16 unit" in caplog.records[2].message
 
 
 def test_the_report_of_a_model_without_a_plan(tmp_path):

@@ -100,8 +100,8 @@ def placement_report(model: Any, plan: PlacementPlan | None = None, **removed: A
 def judge(problems: list[str], unquantized: list[str], strict: bool) -> None:
     """Raise ValueError where a layer that should have been quantised was not, or with `strict` where there is any
     problem; warn of the others."""
-    if problems and (strict or unquantized):
-        raise ValueError(f"{_in_short(unquantized if not strict else problems)}")
+    if wrong := problems if strict else unquantized:
+        raise ValueError(_in_short(wrong))
     if problems:
         logger.warning(f"{_in_short(problems)} strict_placement=True makes errors of it.")
 
@@ -113,12 +113,11 @@ def _in_short(problems: list[str]) -> str:
 
 
 def log_loading(report: PlacementReport, plan: PlacementPlan) -> None:
-    """Where the experts are and which kernels run, and, as a warning, what is slow."""
-    places = plan.placement.experts if any(plan.placement.experts) else [plan.placement.dense]
-    held = Counter(key for row in places for key in row)
-    what = "experts" if any(plan.placement.experts) else "layers"
-    where = ", ".join(f"{held[device.key]} on {device_name(plan, device.key)}" for device in plan.request.devices)
-    logger.info(f"{plan.title}: {what} {where}.")
+    """Where the experts are, or a dense model's layers, and which kernels run; and, as a warning, what is slow."""
+    experts = {key: sum(found.values()) for key, found in report.experts.items()}
+    held = experts or Counter(plan.placement.dense)
+    where = ", ".join(f"{count} on {device_name(plan, key)}" for key, count in held.items())
+    logger.info(f"{plan.title}: {'experts' if experts else 'layers'} {where}.")
     kernels = ", ".join(
         f"{device_name(plan, key)}: {' and '.join(f'{dtype} {kernel}' for dtype, kernel in found)}"
         for key, found in report.experts.items()

@@ -50,7 +50,7 @@ def device_name(plan: Solution, key: Key) -> str:
     """A device as people call it: "GPU 0 rtx4090", "CPU"."""
     if key in (CPU, DISK):
         return str(key).upper() if key == CPU else "disk"
-    name = next(device.name for device in plan.request.gpus if device.key == key)
+    name = next((device.name for device in plan.request.gpus if device.key == key), "")
     return f"GPU {key} {name}".rstrip()
 
 
