@@ -120,6 +120,7 @@ def test_int8_linear_whatever_kernel_it_takes(rows, out_features, in_features, h
     expected = inputs.float() @ formats.dequantize(weight, scale, torch.float32).t()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matmul, "_has_vnni", lambda: has_int_mm)
+        patch.setattr(matmul, "_has_bfloat16", lambda: has_int_mm)
         if not has_numba:
             patch.setattr(matmul, "_numba", lambda: None)
         call = ("cpu", inputs.dtype, rows, weight.shape)

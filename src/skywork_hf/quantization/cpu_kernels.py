@@ -39,9 +39,9 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 # Bytes of weights in a chunk: some tens of microseconds of work.
-CHUNK_BYTES = 2**20
-# Work on fewer bytes of weights is done by the caller alone: waking a thread takes as long as reading a megabyte.
-ALONE_BYTES = 2**20
+CHUNK_BYTES, UNPACKED_CHUNK_BYTES = 2**20, 2**16
+# Work on fewer bytes of weights is done by the caller alone: a thread that sleeps takes longer to wake.
+ALONE_BYTES = 2**19
 # Columns that are multiplied at a time, while those four rows further on are fetched: processors look ahead within a
 # page only, and a row is longer. (One row of inputs took 1.6 times as long without.)
 _TILE = 512
@@ -442,13 +442,10 @@ def expert(inputs: torch.Tensor, weights: list[torch.Tensor], scales: list[torch
     return _run(inputs, list(zip(weights, scales, strict=True)))
 
 
-def unpack(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The codes of a weight (without its scale) in bfloat16 or float32, which both hold them exactly; shapes and
-    what a weight may be as in `linear`."""
-    values = torch.empty(weight.shape, dtype=dtype)
-    inputs = torch.empty(0, weight.shape[1], dtype=dtype)
-    _start(inputs, values, [(weight, None)])
-    return values
+def unpack(weight: torch.Tensor, values: torch.Tensor) -> None:
+    """Fill `values`, of the same shape, contiguous, with the codes of a weight without its scale: bfloat16 and float32
+    hold them exactly. What a weight may be stands at `linear`."""
+    _start(values[:0], values, [(weight, None)])
 
 
 def _run(inputs: torch.Tensor, matrices: list[tuple[torch.Tensor, torch.Tensor | None]]) -> torch.Tensor:
@@ -466,7 +463,9 @@ def _start(
     features, width = last.shape
     hidden = width if len(matrices) > 1 else 0
     addresses = (inputs.data_ptr(), outputs.data_ptr(), inputs.dtype == torch.bfloat16)
-    sizes = (columns, hidden, features, _chunk(2 * columns, first.itemsize), _chunk(width, last.itemsize))
+    chunk_bytes = CHUNK_BYTES if rows else UNPACKED_CHUNK_BYTES
+    hidden_chunk = _chunk(2 * columns, first.itemsize, chunk_bytes)
+    sizes = (columns, hidden, features, hidden_chunk, _chunk(width, last.itemsize, chunk_bytes))
     fields, kept = [], []
     for weight, scale in matrices:
         scale, form = _scale_field(scale)
@@ -483,9 +482,9 @@ def _start(
     _finish(kernel, job.ctypes.data)
 
 
-def _chunk(columns: int, itemsize: int) -> int:
+def _chunk(columns: int, itemsize: int, chunk_bytes: int) -> int:
     """Weight rows in a chunk, a multiple of the four that are read together."""
-    return max(4, CHUNK_BYTES // (columns * itemsize) // 4 * 4)
+    return max(4, chunk_bytes // (columns * itemsize) // 4 * 4)
 
 
 def _scale_field(scale: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:

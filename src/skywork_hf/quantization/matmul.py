@@ -9,7 +9,7 @@ the figures.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -32,9 +32,9 @@ from .formats import (
 
 logger = logging.get_logger(__name__)
 
-# Up to so many rows numba's kernels are the fastest on a CPU: where torch has instructions for the dtypes of weights
-# and inputs (AVX512-VNNI, AVX512-BF16), where it has them for what FP8 is unpacked to, and where it has none.
-NUMBA_ROWS, NUMBA_UNPACKING_ROWS, NUMBA_ROWS_ALONE = 4, 8, 64
+# Up to so many rows numba's kernels are the fastest on a CPU: with AVX512-VNNI where activations may be int8; with
+# AVX512-BF16 where weights are bfloat16, and where they have to be unpacked to it; where torch has none of these.
+NUMBA_ROWS, NUMBA_BFLOAT16_ROWS, NUMBA_UNPACKING_ROWS, NUMBA_ROWS_ALONE = 4, 8, 24, 64
 # Up to so many rows torch's weight-only kernel beats unpacking blocks on CPUs, and with more rows it does not
 # (measured on AVX2, where the crossing lies between 24 and 64). With AVX512-VNNI torch's integer matmul takes over.
 CPU_WEIGHT_ONLY_ROWS = 32
@@ -68,8 +68,7 @@ def dequantized_linear(inputs: torch.Tensor, weight: torch.Tensor, scale: torch.
         return outputs
     compute = _compute_dtype(inputs.device.type, inputs.dtype)
     inputs_there = inputs.to(compute)
-    for rows in row_blocks(weight):
-        values, factor = _block(weight, scale, rows, compute)
+    for rows, values, factor in _blocks(weight, scale, compute):
         outputs[:, rows] = (inputs_there @ values.t()).float().mul_(factor.t())
         del values  # before the next block is unpacked
     return outputs
@@ -88,8 +87,7 @@ def dequantized_backward(grad: torch.Tensor, weight: torch.Tensor, scale: torch.
     if not len(grad):
         return total.to(grad.dtype)
     compute = _compute_dtype(grad.device.type, grad.dtype)
-    for rows in row_blocks(weight):
-        values, factor = _block(weight, scale, rows, compute)
+    for rows, values, factor in _blocks(weight, scale, compute):
         total += (grad[:, rows].float() * factor.t()).to(compute) @ values
         del values  # as above
     return total.to(grad.dtype)
@@ -134,21 +132,23 @@ def int8_kernel(
 ) -> str:
     """The name of what `int8_linear` runs for `rows` inputs of `dtype` and a weight of `shape`: "numba",
     "weight_int8pack_mm", "int_mm" or "dequantize"."""
-    if device_type == "cpu" and has_fast_numba(torch.int8, dtype, rows):
+    if device_type == "cpu" and has_fast_numba(torch.int8, dtype, rows, quantize_activations):
         return "numba"
     if quantize_activations and has_fast_int_mm(device_type, dtype, rows, shape):
         return "int_mm"
     return "weight_int8pack_mm" if has_fast_weight_only(device_type, dtype, rows, shape) else "dequantize"
 
 
-def has_fast_numba(weight_dtype: torch.dtype, dtype: torch.dtype, rows: int) -> bool:
+def has_fast_numba(weight_dtype: torch.dtype, dtype: torch.dtype, rows: int, int8_activations: bool = False) -> bool:
     """Whether the CPU kernels are there, take inputs of `dtype`, and are the fastest for so many rows."""
     if not 0 < rows <= NUMBA_ROWS_ALONE or dtype not in (torch.bfloat16, torch.float32) or _numba() is None:
         return False
-    if weight_dtype == torch.int8:
-        return rows <= NUMBA_ROWS or not (dtype == torch.bfloat16 and _has_vnni())
-    few = NUMBA_UNPACKING_ROWS if weight_dtype == FP8 else NUMBA_ROWS
-    return rows <= few or not (dtype == torch.bfloat16 and _has_bfloat16())
+    if rows <= NUMBA_ROWS or dtype == torch.float32:
+        return True
+    if int8_activations and _has_vnni():
+        return False
+    few = NUMBA_BFLOAT16_ROWS if weight_dtype == torch.bfloat16 else NUMBA_UNPACKING_ROWS
+    return rows <= few or not _has_bfloat16()
 
 
 def has_fast_weight_only(device_type: str, dtype: torch.dtype, rows: int, shape: tuple[int, ...]) -> bool:
@@ -200,7 +200,7 @@ def cpu_expert(
     dtype, rows = weights[0].dtype, len(inputs)
     if dtype == FP8 and has_fp8_unit(inputs.device):
         return None
-    if has_fast_numba(dtype, inputs.dtype, rows):
+    if has_fast_numba(dtype, inputs.dtype, rows, int8_activations):
         return _numba().expert(inputs, weights, scales)
     if dtype != torch.int8 or not int8_activations:
         return None
@@ -343,7 +343,7 @@ def unpacking_bytes(elements: int, weight_dtype: torch.dtype, inputs: torch.dtyp
         device_type: "cpu", or a GPU's.
     """
     compute = _compute_dtype(device_type, inputs)
-    # See `_block`: float16 is made from real values in 32 bit, and torch takes FP8's bits on a CPU through 16 bit.
+    # See `_blocks`: float16 is made from real values in 32 bit, and torch takes FP8's bits on a CPU through 16 bit.
     through_16_bit = (weight_dtype, device_type) == (FP8, "cpu") and _numba() is None
     beside = 4 if compute == torch.float16 else 2 if through_16_bit else 0
     return min(elements, block_elements(device_type)) * (compute.itemsize + beside)
@@ -356,13 +356,22 @@ def _compute_dtype(device_type: str, inputs: torch.dtype) -> torch.dtype:
     return torch.float32
 
 
-def _block(
-    weight: torch.Tensor, scale: torch.Tensor, rows: slice, compute: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """These rows in `compute`, and the float32 factors [rows, 1] or [1, 1] that make them real."""
-    if compute == torch.float16:  # whose sums would overflow without the scale
-        return real_rows(weight, scale, rows).to(compute), torch.ones(1, 1, device=weight.device)
-    if weight.device.type == "cpu" and compute != torch.float16 and _numba() is not None:
-        return _numba().unpack(weight[rows].contiguous(), compute), column(scale, rows)
-    values, factor = unpack(weight[rows], compute)
-    return values, column(scale, rows) * factor
+def _blocks(
+    weight: torch.Tensor, scale: torch.Tensor, compute: torch.dtype
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Block by block its rows, their values in `compute`, and the float32 factors [rows, 1] or [1, 1] that make them
+    real. A block's values are gone, or others, when the next one is asked for."""
+    by_numba = weight.device.type == "cpu" and compute != torch.float16 and _numba() is not None
+    buffer = weight.new_empty(0, dtype=compute)
+    for rows in row_blocks(weight):
+        if by_numba:  # into the same memory: that of a new tensor would be the kernel's, page by page
+            block = weight[rows].contiguous()
+            buffer = buffer if len(buffer) else torch.empty(block.shape, dtype=compute)
+            _numba().unpack(block, buffer[: len(block)])
+            yield rows, buffer[: len(block)], column(scale, rows)
+        elif compute == torch.float16:  # whose sums would overflow without the scale
+            yield rows, real_rows(weight, scale, rows).to(compute), torch.ones(1, 1, device=weight.device)
+        else:
+            values, factor = unpack(weight[rows], compute)
+            yield rows, values, column(scale, rows) * factor
+            del values
