@@ -4,9 +4,9 @@
 
 Writes a random bfloat16 checkpoint (hidden 4608, ffn 12288, 16 experts, top 2), the same weights in our int8 and FP8
 and, for llama.cpp, as a Q8_0 GGUF: 15 GB. Then runs, on 2 threads: our int8, FP8 and bfloat16, transformers' Mixtral
-in bfloat16 with each of its experts implementations, bitsandbytes' int8 through our classes, and llama.cpp. Each run is
-a fresh process, one kind after the other in each round. Reports medians: the time of a token while decoding 32 with a
-cache, fed fixed tokens that differ so that the routing does, and that of 4 and 16 tokens at a time; the time of a
+in bfloat16 with each of its experts implementations, bitsandbytes' int8 through our classes, and llama.cpp. Each run
+is a fresh process, one kind after the other in each round. Reports medians: the time of a token while decoding 32 with
+a cache, fed fixed tokens that differ so that the routing does, and that of 4 and 16 tokens at a time; the time of a
 prompt of 128 tokens, the second time it runs; private memory (RssAnon) after loading and at the peak of the first
 prompt.
 

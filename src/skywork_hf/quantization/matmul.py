@@ -152,9 +152,9 @@ def has_fast_numba(weight_dtype: torch.dtype, dtype: torch.dtype, rows: int, int
 
 
 def has_fast_weight_only(device_type: str, dtype: torch.dtype, rows: int, shape: tuple[int, ...]) -> bool:
-    """Whether torch's weight-only kernel takes this and is the fastest for it: few rows of bfloat16 on a CPU. (For
-    other dtypes it is slower than blocks on CPUs without AVX512.)"""
-    fits = device_type == "cpu" and dtype == torch.bfloat16
+    """Whether torch's weight-only kernel takes this and is the fastest for it: few rows of bfloat16 on a CPU without
+    numba. (For other dtypes it is slower than blocks on CPUs without AVX512.)"""
+    fits = device_type == "cpu" and dtype == torch.bfloat16 and _numba() is None
     return fits and 0 < rows <= CPU_WEIGHT_ONLY_ROWS and shape[1] % CPU_WEIGHT_ONLY_MULTIPLE == 0
 
 
