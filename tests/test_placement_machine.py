@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM
 
 from skywork_hf import SkyworkMoeForCausalLM, plan_device_map
 from skywork_hf.placement import PlacementPlan, machine
-from skywork_hf.placement.devices import CARDS, GIB
+from skywork_hf.placement.devices import CARDS, FP8_CAPABILITY, GIB
 from skywork_hf.placement.machine import GpuHere, differences
 
 
 def card(name: str, free: float | None = None) -> GpuHere:
     memory = int(CARDS[name].memory * GIB)
-    return GpuHere(name, memory, memory if free is None else int(free * GIB), CARDS[name].capability)
+    return GpuHere(name, memory, memory if free is None else int(free * GIB), CARDS[name].capability >= FP8_CAPABILITY)
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +51,13 @@ def test_gpus_that_are_not_here_are_named_before_anything_is_read(
 
 
 def test_a_card_with_less_memory_than_the_plan_fills(folder, monkeypatch):
-    monkeypatch.setattr(machine, "gpus_here", lambda: [GpuHere("small", GIB, GIB, (8, 9))])
+    """The margin alone may be less than planned, which is warned of: drivers differ in what torch sees."""
     plan = plan_device_map(folder, {0: "rtx4090"}, context_tokens=32)
+    monkeypatch.setattr(machine, "gpus_here", lambda: [GpuHere("small", GIB // 2, GIB // 2, True)])
+    assert "are free" in differences(plan)[0]
+    monkeypatch.setattr(machine, "gpus_here", lambda: [GpuHere("tiny", 2**16, 2**16, True)])
     with pytest.raises(
-        ValueError, match=r"GPU 0 rtx4090 takes 1\.\d+ GiB by the plan, and the small here has 1 GiB: plan for"
+        ValueError, match=r"GPU 0 rtx4090 holds .* GiB by the plan, and the tiny here has .* GiB: plan"
     ):
         AutoModelForCausalLM.from_pretrained(folder, device_map=plan)
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .devices import FP8_CAPABILITY, GIB, Device
+from ..quantization import matmul
+from .devices import GIB, Device
 from .problem import Solution
 from .speed import expected_kernel
 from .text import device_name
@@ -18,12 +19,12 @@ _INSTEAD = "plan for the GPUs that are here (`plan_device_map` without `max_memo
 @dataclass(frozen=True)
 class GpuHere:
     """A GPU of this machine: its name, all that torch sees of its memory and what of it is free beside the context, in
-    bytes, and its CUDA compute capability."""
+    bytes, and whether it multiplies FP8."""
 
     name: str
     memory: int
     free: int
-    capability: tuple[int, int]
+    has_fp8_unit: bool
 
 
 def gpus_here() -> list[GpuHere] | None:
@@ -37,7 +38,8 @@ def _gpu_here(number: int) -> GpuHere:
     properties = torch.cuda.get_device_properties(number)
     free, _ = torch.cuda.mem_get_info(number)
     free += torch.cuda.memory_reserved(number) - torch.cuda.memory_allocated(number)
-    return GpuHere(properties.name, properties.total_memory, free, (properties.major, properties.minor))
+    has_fp8_unit = matmul.has_fp8_unit(torch.device("cuda", number))
+    return GpuHere(properties.name, properties.total_memory, free, has_fp8_unit)
 
 
 def differences(plan: Solution) -> list[str]:
@@ -59,19 +61,20 @@ def differences(plan: Solution) -> list[str]:
 
 
 def _differences(plan: Solution, planned: Device, here: GpuHere) -> Iterator[str]:
-    name, needed = device_name(plan, planned.key), sum(plan.bytes_per_device[planned.key].values())
-    if needed > here.memory:
+    name = device_name(plan, planned.key)
+    filled = sum(plan.bytes_per_device[planned.key].values()) - planned.margin
+    if filled > here.memory:
         raise ValueError(
-            f"{name} takes {needed / GIB:.4g} GiB by the plan, and the {here.name} here has {here.memory / GIB:.4g} "
+            f"{name} holds {filled / GIB:.4g} GiB by the plan, and the {here.name} here has {here.memory / GIB:.4g} "
             f"GiB: {_INSTEAD}"
         )
-    needed += replace(planned, has_context=True).margin - planned.margin
+    needed = filled + replace(planned, has_context=True).margin
     if needed > here.free:
         yield (
             f"{name} takes {needed / GIB:.4g} GiB by the plan, and {here.free / GIB:.4g} GiB are free: memory may run "
             "out, unless what else is there ends."
         )
-    found = replace(planned, has_fp8_unit=here.capability >= FP8_CAPABILITY)
+    found = replace(planned, has_fp8_unit=here.has_fp8_unit)
     precision = plan.request.precision
     kernel = expected_kernel(precision.methods[planned.key], found, precision.dtype, plan.request.config)
     if kernel not in plan.kernel(planned.key).split("/"):
