@@ -215,14 +215,17 @@ class SkyworkLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
-        weight, width = self.weight, input.shape[-1]
+        # Past `__getattr__`, and with no view where none is needed: a decoded token meets some hundreds of these.
+        weight: Any = self._parameters.get("weight")
+        bias, width = self._parameters.get("bias"), input.shape[-1]
         rows = input.numel() // width if width else 0
         is_plain = is_on_cpu(input) and is_on_cpu(weight) and weight.dtype == input.dtype == torch.bfloat16
         if not is_plain or runs_elsewhere() or matmul.linear_kernel("cpu", input.dtype, rows) != "numba":
             return super().forward(input)
-        outputs = matmul.bfloat16_linear(input.reshape(rows, width), weight)
-        outputs = outputs.view(*input.shape[:-1], outputs.shape[-1])
-        return outputs if self.bias is None else outputs + self.bias
+        outputs = matmul.bfloat16_linear(input if input.dim() == 2 else input.reshape(rows, width), weight)
+        if input.dim() != 2:
+            outputs = outputs.view(*input.shape[:-1], outputs.shape[-1])
+        return outputs if bias is None else outputs + bias
 
 
 def is_plain(module: Any) -> bool:
@@ -230,7 +233,7 @@ def is_plain(module: Any) -> bool:
     return type(module) in (nn.Linear, SkyworkLinear)
 
 
-def is_on_cpu(tensor: torch.Tensor) -> bool:
+def is_on_cpu(tensor: Any) -> bool:
     """Whether a tensor's values lie in this process's memory, one after the other."""
     return type(tensor) in (torch.Tensor, nn.Parameter) and tensor.is_cpu and tensor.is_contiguous()
 
