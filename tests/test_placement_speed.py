@@ -227,13 +227,23 @@ def test_a_card_is_found_in_a_calibration_by_its_name():
 def quick(monkeypatch):
     """Measures on little, so that it takes a second."""
     monkeypatch.setattr(measure, "_SHAPE", {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2})
-    small = {"_HIDDEN": 64, "_INTERMEDIATE": 96, "_EXPERTS": 1, "_ROWS": (1, 64), "_LEAST_RUNS": 1, "_SECONDS": 0.0}
+    small = {
+        "_HIDDEN": 64,
+        "_INTERMEDIATE": 96,
+        "_EXPERTS": 2,
+        "_ROWS": (1, 64),
+        "_ROUNDS": 1,
+        "_SECONDS": 0.0,
+        "_LONG": 0.0,
+    }
     small |= {
         "_LAYERS": (1, 2),
         "_FILE": 3 * 2**22,
         "_PIECES": (2**16, 2**20),
         "_COPY": 2**16,
         "_WIDE_TOKENS": (2, 8),
+        "_DECODED": 1,
+        "_SMALL": {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 64},
     }
     for name, value in small.items():
         monkeypatch.setattr(measure, name, value)

@@ -26,6 +26,14 @@ def place(request: Request, parts: ModelParts) -> Placement:
     return _Attempt(request, parts).place()
 
 
+def expected_of(request: Request, placement: Placement) -> Expected | None:
+    """What a placement is expected to take where experts are chosen as `request.usage` has it, whatever it was placed
+    by; None where the speed of a device is unknown."""
+    lm_head = placement.device_map[request.parts.lm_head.names[0]]
+    where = placement.dense, lm_head, placement.experts, placement.stream_from_rows
+    return _Attempt(request, request.parts).expected(*where)
+
+
 def fits(request: Request, parts: ModelParts) -> bool:
     """Whether that is within the budgets."""
     try:
@@ -191,7 +199,7 @@ class _Attempt:
         tokens = self.request.tokens, self.request.batch_size
         reading = reading_of(self.parts, self._size, self.devices, layers, lm_head, experts, tokens, self.loads)
         rows = self._stream_from_rows(layers, experts)
-        expected = self._expected(layers, lm_head, experts, rows)
+        expected = self.expected(layers, lm_head, experts, rows)
         return Placement(device_map, layers, experts, nbytes, reading, expected, rows)
 
     def _machine(self, guess: bool) -> Machine:
@@ -213,7 +221,7 @@ class _Attempt:
         expert = next(layer.experts[0] for layer in self.moe_layers)
         return self._machine(guess=True).stream_from_rows(expert, self._size(expert, CPU), gpus)
 
-    def _expected(self, dense: list[Key], lm_head: Key, experts: list[list[Key]], rows: int | None) -> Expected | None:
+    def expected(self, dense: list[Key], lm_head: Key, experts: list[list[Key]], rows: int | None) -> Expected | None:
         """None where the speed of a device that is used is unknown."""
         machine, request = self._machine(guess=False), self.request
         used = {*dense, lm_head, *(place for places in experts for place in places)}

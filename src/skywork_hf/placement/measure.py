@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +16,35 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..compat import CACHE
 from ..configuration_skywork import SkyworkMoeConfig
 from ..modeling_skywork_moe import SkyworkMoeExpert, SkyworkMoeForCausalLM
 from ..quantization import formats, matmul
 from ..quantization.experts import use_cpu_kernels
-from ..quantization.linear import SkyworkFp8Linear, SkyworkInt8Linear
+from ..quantization.linear import SkyworkFp8Linear, SkyworkInt8Linear, SkyworkQuantizedLinear
 from ..quantization.quantizers import linears_to_quantize
 from .calibration import Calibration, this_machine
 from .devices import CPU, Device, measured_bandwidth
 from .pages import forget, pages_of, read_only_when_told, resident, will_be_read
-from .rates import EXPERT, LINEAR, MEASURED_METHODS, PARTS, Disk, KernelRate, Rates
+from .rates import EXPERT, LINEAR, MEASURED_METHODS, Disk, KernelRate, Rates
 from .speed import expected_kernel
 
 # A half of Skywork-MoE's experts in each direction, so many that no cache holds them.
 _HIDDEN, _INTERMEDIATE, _EXPERTS = 2304, 6144, 4
 _SHAPE: dict[str, Any] = {"hidden_size": _HIDDEN, "intermediate_size": _INTERMEDIATE, "num_attention_heads": 18}
-_ROWS = (1, 2, 4, 8, 16, 32, 64, 256)
-# What makes the host's work all of the time; and what makes reading and writing hidden states much of it.
-_TINY: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 64}
-_WIDE: dict[str, Any] = {**_TINY, "hidden_size": 1024, "intermediate_size": 8, "num_attention_heads": 8}
+_ROWS, _MANY_ROWS, _FALLBACK_ROWS = (1, 2, 4, 8, 16, 32, 64, 256), 32, (1, 64)
+# Layers of which the host's work is much; and prompts in which reading and writing hidden states is much.
+_SMALL: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 4, "vocab_size": 64}
+_WIDE: dict[str, Any] = {**_SMALL, "hidden_size": 1024, "intermediate_size": 8, "num_attention_heads": 8}
 _WIDE_TOKENS = 8, 64  # sequences, and tokens of each
+# Decoded one after the other, so that experts change, and weights come from memory.
+_DECODED = 8
 _LAYERS = (1, 5)
-_TOP_K = 2
-# A kernel runs until it has taken so many seconds, and at least so often.
-_SECONDS, _LEAST_RUNS, _MOST_RUNS = 0.2, 3, 1000
+_EXPERTS_OF_A_LAYER, _TOP_K = 16, 2
+# Heads, tokens, width: of them, multiplications and additions, the half that a causal mask hides left away.
+_ATTENTION = 16, 512, 128
+_ATTENTION_WORK = 2 * 16 * 512**2 * 128
+# In each of some rounds a kernel runs for so many seconds, and at least twice where it takes less than a long time.
+_ROUNDS, _SECONDS, _LONG = 3, 0.08, 0.5
 # Bytes: of a file that is read from the disk in pieces of two sizes, each so often; and of copies.
 _FILE, _PIECES, _PIECE_RUNS = 3 * 2**26, (2**22, 2**25), 4
 _COPY = 2**26
@@ -69,20 +74,20 @@ def measured_calibration(folder: str | Path, say: Say) -> Calibration:
 
 
 def _device_rates(device: torch.device, name: str, say: Say) -> Rates:
+    kernels, host, others = _kernel_runs(device), _host_runs(device), _other_runs(device)
+    fastest = _fastest({**kernels, **host, **others}, device, say)
     memory = measured_bandwidth(str(device))
-    say(f"  memory: {memory / 1e9:.1f} GB/s")
-    layer, expert, step = _host(device, say)
-    kernels = _kernels(device, expert, say)
-    fastest = max(_itemsize(rate.method) * 1e9 / rate.seconds for rate in kernels)
-    attention = _attention(device)
-    elements = _elements(device, layer[""] + 16 * expert[""], attention)
-    say(f"  attention: {attention / 1e9:.0f} GFLOP/s; hidden values of a layer: {elements / 1e9:.2f} billion a second")
-    bus = {} if device.type == CPU else _bus(device, say)
-    return Rates(
+    large = {run[1]: fastest[run] / run[4] for run in kernels if run[0] == EXPERT and run[3] == 1 and run[4] > 1}
+    layer, expert, step = _host({run: fastest[run] for run in host}, large)
+    rates = [_rate(of, fastest[of], expert) for of in kernels]
+    attention = _ATTENTION_WORK / fastest["attention"]
+    elements = _elements(fastest["few"], fastest["more"], layer[""] + _EXPERTS_OF_A_LAYER * expert[""], attention)
+    bus = {} if device.type == CPU else _bus(device)
+    found = Rates(
         name=name,
         is_measured=True,
-        memory=max(memory, fastest),
-        kernels=tuple(kernels),
+        memory=max(memory, *(_bytes_of(run) / fastest[run] for run in kernels)),
+        kernels=tuple(rates),
         layer=layer,
         expert=expert,
         step=step,
@@ -90,16 +95,41 @@ def _device_rates(device: torch.device, name: str, say: Say) -> Rates:
         attention=attention,
         **bus,
     )
+    _say_all(found, say)
+    return found
 
 
-def _fastest(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of the fastest of some runs, until the device is done; of the first, where that takes long."""
+def _say_all(rates: Rates, say: Say) -> None:
+    say(f"  memory {rates.memory / 1e9:.1f} GB/s; attention {rates.attention / 1e9:.0f} GFLOP/s in prompts")
+    for method, seconds in rates.layer.items():
+        expert = rates.expert[method]
+        say(f"  host, {method or 'bf16'}: {seconds * 1e6:.0f} us a layer, {expert * 1e6:.0f} us an expert")
+    for rate in rates.kernels:
+        if rate.part == EXPERT:
+            speed = f"{_itemsize(rate.method) / rate.seconds:.3g} GB/s, {2 * rate.rows / rate.seconds:.3g} GFLOP/s"
+            say(f"  expert in {rate.method or 'bf16'}, rows {rate.rows}, {rate.kernel}: {speed}")
+    if math.isfinite(rates.bus):
+        wait = f"{rates.wait * 1e6:.0f} us to wait"
+        say(f"  bus {rates.bus / 1e9:.1f} GB/s, {rates.streaming / 1e9:.1f} for mapped weights, {wait}")
+
+
+def _fastest(runs: dict[Any, Callable[[], Any]], device: torch.device, say: Say) -> dict[Any, float]:
+    """Seconds of the fastest call of each, until the device is done; round after round, so that a busy moment of the
+    machine spoils none."""
+    fastest = dict.fromkeys(runs, math.inf)
+    for number in range(_ROUNDS):
+        say(f"  round {number + 1} of {_ROUNDS}")
+        for name, run in runs.items():
+            fastest[name] = min(fastest[name], _fastest_now(run, device))
+    return fastest
+
+
+def _fastest_now(run: Callable[[], Any], device: torch.device) -> float:
+    """Of some calls; of the first, which also warms up, where that takes long."""
     times = [_seconds(run, device)]
-    if times[0] > _SECONDS:
-        return times[0]
-    while len(times) <= _LEAST_RUNS or (sum(times) < _SECONDS and len(times) <= _MOST_RUNS):
+    while sum(times) < _SECONDS or (len(times) == 1 and times[0] < _LONG):
         times.append(_seconds(run, device))
-    return min(times[1:])
+    return min(times[1:] or times)
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
@@ -110,54 +140,62 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _kernels(device: torch.device, host: dict[str, float], say: Say) -> list[KernelRate]:
-    """Of experts, and of their linears one by one, without the host's seconds of an expert."""
-    rates: list[KernelRate] = []
+def _kernel_runs(device: torch.device) -> dict[Any, Callable[[], Any]]:
+    """By part, method, kernel, rows, and the number of experts that are run: the kernels that the package takes, and
+    those that it takes where no faster one fits the shape or the dtype."""
+    runs: dict[Any, Callable[[], Any]] = {}
     for method in MEASURED_METHODS:
-        experts = nn.ModuleList([_expert(method, device) for _ in range(_EXPERTS)])
-        use_cpu_kernels(experts)
-        linears = [getattr(expert, name) for expert in experts for name in ("w1", "w2", "w3")]
-        weights = _EXPERTS * 3 * _HIDDEN * _INTERMEDIATE
+        all_experts = nn.ModuleList([_expert(method, device) for _ in range(_EXPERTS)])
+        use_cpu_kernels(all_experts)
         for rows in _ROWS:
+            # Many rows compute, and need not be kept from caches.
+            experts = list(all_experts)[: _EXPERTS if rows < _MANY_ROWS else 1]
             inputs = {columns: _random(rows, columns, device) for columns in (_HIDDEN, _INTERMEDIATE)}
-            hidden, kernel = inputs[_HIDDEN], _kernel(method, device, rows)
-            for part, run, calls in (
-                (EXPERT, lambda: [expert(hidden) for expert in experts], len(experts)),  # noqa: B023
-                (LINEAR, lambda: [linear(inputs[linear.in_features]) for linear in linears], len(linears) / 3),  # noqa: B023
-            ):
-                seconds = _fastest(run, device)
-                least = seconds / 2  # what remains of a host that was slow for once
-                rate = max(least, seconds - calls * host[method]) / weights * 1e9
-                rates.append(KernelRate(part, method, kernel, rows, rate))
-            say(f"  {method or 'bf16'} experts, {rows} rows, {kernel}: {_of(rates[-2], rows)}")
-        rates += _without_kernels_of_their_own(method, linears, device)
-    return rates
+            linears = [getattr(expert, name) for expert in experts for name in ("w1", "w2", "w3")]
+            kernel, count = _kernel(method, device, rows), len(experts)
+            runs[EXPERT, method, kernel, rows, count] = partial(_run_experts, experts, inputs[_HIDDEN])
+            runs[LINEAR, method, kernel, rows, count] = partial(_run_linears, linears, inputs)
+            if rows in _FALLBACK_ROWS:
+                fallback = "dequantize" if method else "linear"
+                runs.setdefault((LINEAR, method, fallback, rows, 1), partial(_run_fallback, linears[:3], inputs))
+                runs.setdefault((EXPERT, method, fallback, rows, 1), partial(_run_fallback, linears[:3], inputs))
+    return runs
 
 
-def _of(rate: KernelRate, rows: int) -> str:
-    return f"{_itemsize(rate.method) / rate.seconds:.3g} GB/s, {2 * rows / rate.seconds:.3g} GFLOP/s"
+def _run_experts(experts: list[Any], rows: torch.Tensor) -> None:
+    for expert in experts:
+        expert(rows)
+
+
+def _run_linears(linears: list[Any], inputs: dict[int, torch.Tensor]) -> None:
+    for linear in linears:
+        linear(inputs[linear.in_features])
+
+
+def _run_fallback(linears: list[Any], inputs: dict[int, torch.Tensor]) -> None:
+    for linear in linears:
+        rows = inputs[linear.in_features]
+        if isinstance(linear, SkyworkQuantizedLinear):
+            matmul.dequantized_linear(rows, linear.codes, linear.weight_scale)
+        else:
+            F.linear(rows, linear.weight)
+
+
+def _rate(of: Any, seconds: float, host: dict[str, float]) -> KernelRate:
+    """Without the host's seconds, which are counted apart; of these no more than half, should it have been slow."""
+    part, method, kernel, rows, experts = of
+    alone = max(seconds / 2, seconds - experts * host[method])
+    return KernelRate(part, method, kernel, rows, alone / (experts * 3 * _HIDDEN * _INTERMEDIATE) * 1e9)
+
+
+def _bytes_of(run: Any) -> int:
+    """Of the weights that one of `_kernel_runs` reads; of one expert's, which stay in caches, none."""
+    _, method, _, _, experts = run
+    return experts * 3 * _HIDDEN * _INTERMEDIATE * _itemsize(method) if experts > 1 else 0
 
 
 def _itemsize(method: str) -> int:
     return 1 if method else 2
-
-
-def _without_kernels_of_their_own(method: str, linears: list[Any], device: torch.device) -> list[KernelRate]:
-    """Of what runs where no faster kernel takes the shape or the dtype."""
-    kernel, chosen = "dequantize" if method else "linear", linears[:3]
-
-    def compute(linear: Any, rows: torch.Tensor) -> torch.Tensor:
-        if method:
-            return matmul.dequantized_linear(rows, linear.codes, linear.weight_scale)
-        return F.linear(rows, linear.weight)
-
-    rates = []
-    for number in (1, 64):
-        rows = {columns: _random(number, columns, device) for columns in (_HIDDEN, _INTERMEDIATE)}
-        seconds = _fastest(lambda: [compute(linear, rows[linear.in_features]) for linear in chosen], device)  # noqa: B023
-        rate = seconds / (3 * _HIDDEN * _INTERMEDIATE) * 1e9
-        rates += [KernelRate(part, method, kernel, number, rate) for part in PARTS]
-    return rates
 
 
 def _kernel(method: str, device: torch.device, rows: int) -> str:
@@ -202,20 +240,46 @@ def _as_in_files(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return memory.copy_(tensor)
 
 
-def _host(device: torch.device, say: Say) -> tuple[dict[str, float], dict[str, float], float]:
-    """By method, the host's seconds of a layer without experts and of an expert; and of a step beside its layers."""
-    layer, expert, step = {}, {}, math.inf
+def _host_runs(device: torch.device) -> dict[Any, Callable[[], Any]]:
+    """By method, tokens of models of few and of more layers, and all experts of the latter one after the other."""
+    runs: dict[Any, Callable[[], Any]] = {}
+    tokens = [torch.tensor([[number + 1]]).to(device) for number in range(_DECODED)]
+    row = _random(1, _SMALL["hidden_size"], device)
     for method in MEASURED_METHODS:
-        few, more = (_step(_model(method, device, layers, _TINY), device) for layers in _LAYERS)
-        one = _model(method, device, 1, _TINY).model.layers[0].block_sparse_moe.experts[0]
-        row = _random(1, _TINY["hidden_size"], device)
-        expert[method] = _fastest(lambda: [one(row) for _ in range(10)], device) / 10  # noqa: B023
-        whole = max(0.0, more - few) / (_LAYERS[1] - _LAYERS[0])
-        layer[method] = max(0.0, whole - _TOP_K * expert[method])
-        step = min(step, max(0.0, few - _LAYERS[0] * whole))
-        times = f"{layer[method] * 1e6:.0f} us a layer, {expert[method] * 1e6:.0f} us an expert"
-        say(f"  host, {method or 'bf16'}: {times}")
-    return layer, expert, step
+        for layers in _LAYERS:
+            model = _model(method, device, layers, _SMALL)
+            runs["tokens", method, layers] = partial(_run_tokens, model, tokens)
+        experts = [expert for layer in model.model.layers for expert in layer.block_sparse_moe.experts]
+        runs["experts", method, len(experts)] = partial(_run_experts, experts, row)
+    return runs
+
+
+def _run_tokens(model: Any, tokens: list[torch.Tensor]) -> None:
+    for token in tokens:
+        model(token, use_cache=True)
+
+
+def _host(fastest: dict[Any, float], large: dict[str, float]) -> tuple[dict[str, float], dict[str, float], float]:
+    """By method, the host's seconds of a layer without experts and of an expert, calls of kernels and cold caches
+    among them; and of a step beside its layers.
+
+    Args:
+        fastest: of `_host_runs`.
+        large: by method, seconds of a large expert for one row.
+    """
+    few, more = _LAYERS
+    hidden = _SMALL["hidden_size"]
+    of_an_expert = 3 * hidden * _SMALL["intermediate_size"]
+    layer, expert, steps = {}, {}, []
+    for method in MEASURED_METHODS:
+        one, other = (fastest["tokens", method, layers] / _DECODED for layers in _LAYERS)
+        small = min(fastest[run] / run[2] for run in fastest if run[:2] == ("experts", method))
+        weight = max(0.0, large[method] - small) / (3 * _HIDDEN * _INTERMEDIATE - of_an_expert)
+        expert[method] = max(0.0, small - of_an_expert * weight)
+        whole = max(0.0, other - one) / (more - few)
+        layer[method] = max(0.0, whole - _TOP_K * small - 4 * hidden**2 * weight)
+        steps.append(max(0.0, one - few * whole))
+    return layer, expert, min(steps)
 
 
 def _model(method: str, device: torch.device, layers: int, shape: dict[str, Any]) -> Any:
@@ -228,36 +292,29 @@ def _model(method: str, device: torch.device, layers: int, shape: dict[str, Any]
     return model
 
 
-def _step(model: Any, device: torch.device) -> float:
-    """Seconds of decoding a token."""
-    token = torch.ones(1, 1, dtype=torch.int64).to(device)
-    options: dict[str, Any] = {CACHE: model(token)[CACHE]}
-    return _fastest(lambda: model(token, **options), device)
+def _other_runs(device: torch.device) -> dict[Any, Callable[[], Any]]:
+    """Attention of a prompt; and prompts of layers that multiply by next to nothing, few and more of them."""
+    heads, tokens, width = _ATTENTION
+    states = _random(heads * tokens, width, device).view(1, heads, tokens, width)
+    attention = partial(F.scaled_dot_product_attention, states, states, states, is_causal=True)
+    runs: dict[Any, Callable[[], Any]] = {"attention": attention}
+    prompt = torch.ones(_WIDE_TOKENS, dtype=torch.int64).to(device)
+    for name, layers in zip(("few", "more"), _LAYERS, strict=True):
+        model = _without_matmuls(_model("", device, layers, _WIDE))
+        runs[name] = partial(model, prompt, logits_to_keep=1)
+    return runs
 
 
-def _attention(device: torch.device) -> float:
-    """Multiplications and additions a second, half of which a causal mask hides and nobody does."""
-    heads, tokens, dim = 16, 512, 128
-    states = _random(heads * tokens, dim, device).view(1, heads, tokens, dim)
-    seconds = _fastest(lambda: F.scaled_dot_product_attention(states, states, states, is_causal=True), device)
-    return 2 * tokens**2 * heads * dim / seconds
-
-
-def _elements(device: torch.device, host: float, attention: float) -> float:
-    """Hidden values a second of a layer in a prompt: of layers that multiply by next to nothing.
+def _elements(few: float, more: float, host: float, attention: float) -> float:
+    """Hidden values a second of a layer in a prompt, of the seconds of `_other_runs`.
 
     Args:
         host: seconds of the host for a layer and its experts.
+        attention: operations a second.
     """
     sequences, tokens = _WIDE_TOKENS
-    prompt = torch.ones(sequences, tokens, dtype=torch.int64).to(device)
-    few, more = (
-        _fastest(lambda: model(prompt, logits_to_keep=1), device)  # noqa: B023
-        for model in (_without_matmuls(_model("", device, layers, _WIDE)) for layers in _LAYERS)
-    )
     values = sequences * tokens * _WIDE["hidden_size"]
-    whole = (more - few) / (_LAYERS[1] - _LAYERS[0])
-    rest = whole - host - 2 * values * tokens / attention
+    rest = (more - few) / (_LAYERS[1] - _LAYERS[0]) - host - 2 * values * tokens / attention
     return values / max(rest, more / _LAYERS[1] / 4)  # at least a quarter, where noise left less
 
 
@@ -268,26 +325,29 @@ def _without_matmuls(model: Any) -> Any:
     return model
 
 
-def _bus(device: torch.device, say: Say) -> dict[str, float]:
+def _bus(device: torch.device) -> dict[str, float]:
     """Between a GPU and the host, and the slowest of its ways to other GPUs."""
     pin = device.type == "cuda"
-    on_host, small = torch.zeros(_COPY, dtype=torch.uint8, pin_memory=pin), torch.zeros(16, pin_memory=pin)
-    there, small_there = on_host.to(device), small.to(device)
-    to = _COPY / _fastest(lambda: there.copy_(on_host, non_blocking=True), device)
-    back = _COPY / _fastest(lambda: on_host.copy_(there, non_blocking=True), device)
+    pinned, small = torch.zeros(_COPY, dtype=torch.uint8, pin_memory=pin), torch.zeros(16, pin_memory=pin)
     mapped = torch.zeros(_COPY, dtype=torch.uint8)  # not pinned, as weights are not
-    streaming = _COPY / _fastest(lambda: there.copy_(mapped), device)
+    there, small_there = pinned.to(device), small.to(device)
     others = [torch.device("cuda", n) for n in range(torch.cuda.device_count()) if n != device.index] if pin else []
-    peers = [_COPY / _fastest(lambda: there.to(other), other) for other in others]  # noqa: B023
-    found = {
-        "wait": _fastest(lambda: small_there.tolist(), device),
-        "latency": _fastest(lambda: small_there.copy_(small, non_blocking=True), device),
-        "bus": min(to, back),
-        "streaming": streaming,
-        "peer": min(peers, default=math.inf),
+    runs: dict[Any, Callable[[], Any]] = {
+        "to": partial(there.copy_, pinned, non_blocking=True),
+        "back": partial(pinned.copy_, there, non_blocking=True),
+        "streaming": partial(there.copy_, mapped),
+        "wait": small_there.tolist,
+        "latency": partial(small_there.copy_, small, non_blocking=True),
+        **{other: partial(there.to, other) for other in others},
     }
-    say(f"  bus: {to / 1e9:.1f} GB/s to it, {back / 1e9:.1f} back, {found['wait'] * 1e6:.0f} us to wait")
-    return found
+    seconds = {name: _fastest_now(run, device) for name, run in runs.items()}
+    return {
+        "wait": seconds["wait"],
+        "latency": seconds["latency"],
+        "bus": _COPY / max(seconds["to"], seconds["back"]),
+        "streaming": _COPY / seconds["streaming"],
+        "peer": min((_COPY / seconds[other] for other in others), default=math.inf),
+    }
 
 
 def _disk(folder: Path, say: Say) -> Disk | None:
@@ -314,15 +374,16 @@ def _disk(folder: Path, say: Say) -> Disk | None:
 
 
 def _piece_seconds(mapped: torch.Tensor, size: int, descriptor: int) -> float:
-    """The median time in which so many bytes come from the disk."""
-    forget(_pages_of(mapped), descriptor)
+    """The time in which so many bytes come from the disk; three quarters take longer, as others use it too."""
     times = []
-    for piece in mapped.split(size // mapped.itemsize)[:: max(1, _FILE // size // _PIECE_RUNS)]:
-        start = time.perf_counter()
-        will_be_read(_pages_of(piece))
-        piece.sum()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    for _ in range(_PIECE_RUNS):
+        forget(_pages_of(mapped), descriptor)
+        for piece in mapped.split(size // mapped.itemsize)[:: max(1, _FILE // size // _PIECE_RUNS)]:
+            start = time.perf_counter()
+            will_be_read(_pages_of(piece))
+            piece.sum()
+            times.append(time.perf_counter() - start)
+    return statistics.quantiles(times, n=4)[0]
 
 
 def _pages_of(mapped: torch.Tensor) -> list[range]:
