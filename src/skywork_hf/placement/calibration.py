@@ -236,7 +236,7 @@ def _kernel_from_json(content: dict[str, Any]) -> KernelRate:
     rate = KernelRate(**content)
     if not (isinstance(rate.rows, int) and rate.rows > 0):
         raise ValueError(f"`rows` is {rate.rows!r}, expected a positive integer")
-    return replace(rate, seconds=_speed(rate.seconds))
+    return replace(rate, seconds=_speed(rate.seconds), call=_time(rate.call))
 
 
 def _speed(value: Any) -> float:

@@ -79,7 +79,8 @@ def _device_rates(device: torch.device, name: str, say: Say) -> Rates:
     memory = measured_bandwidth(str(device))
     large = {run[1]: fastest[run] / run[4] for run in kernels if run[0] == EXPERT and run[3] == 1 and run[4] > 1}
     layer, expert, step = _host({run: fastest[run] for run in host}, large)
-    rates = [_rate(of, fastest[of], expert) for of in kernels]
+    small = {run[1:3]: fastest[run] / run[3] for run in host if run[0] == "experts"}
+    rates = [_rate(of, fastest[of], small, expert) for of in kernels]
     attention = _ATTENTION_WORK / fastest["attention"]
     elements = _elements(fastest["few"], fastest["more"], layer[""] + _EXPERTS_OF_A_LAYER * expert[""], attention)
     bus = {} if device.type == CPU else _bus(device)
@@ -181,11 +182,23 @@ def _run_fallback(linears: list[Any], inputs: dict[int, torch.Tensor]) -> None:
             F.linear(rows, linear.weight)
 
 
-def _rate(of: Any, seconds: float, host: dict[str, float]) -> KernelRate:
-    """Without the host's seconds, which are counted apart; of these no more than half, should it have been slow."""
+def _rate(of: Any, seconds: float, small: dict[Any, float], host: dict[str, float]) -> KernelRate:
+    """What a weight takes and what a call, of a large expert and a small one; of linears all is
+    the weights'.
+
+    Args:
+        small: by method and rows, seconds of an expert of `_SMALL`.
+        host: by method, what is counted for an expert's call already.
+    """
     part, method, kernel, rows, experts = of
-    alone = max(seconds / 2, seconds - experts * host[method])
-    return KernelRate(part, method, kernel, rows, alone / (experts * 3 * _HIDDEN * _INTERMEDIATE) * 1e9)
+    weights, fewer = 3 * _HIDDEN * _INTERMEDIATE, 3 * _SMALL["hidden_size"] * _SMALL["intermediate_size"]
+    of_a_weight = seconds / experts / weights
+    if part == LINEAR:
+        return KernelRate(part, method, kernel, rows, of_a_weight * 1e9)
+    slope = (seconds / experts - small[method, rows]) / (weights - fewer)
+    slope = max(slope, of_a_weight / 2)
+    call = max(0.0, small[method, rows] - slope * fewer - host[method])
+    return KernelRate(part, method, kernel, rows, slope * 1e9, call)
 
 
 def _bytes_of(run: Any) -> int:
@@ -244,13 +257,15 @@ def _host_runs(device: torch.device) -> dict[Any, Callable[[], Any]]:
     """By method, tokens of models of few and of more layers, and all experts of the latter one after the other."""
     runs: dict[Any, Callable[[], Any]] = {}
     tokens = [torch.tensor([[number + 1]]).to(device) for number in range(_DECODED)]
-    row = _random(1, _SMALL["hidden_size"], device)
     for method in MEASURED_METHODS:
         for layers in _LAYERS:
             model = _model(method, device, layers, _SMALL)
             runs["tokens", method, layers] = partial(_run_tokens, model, tokens)
         experts = [expert for layer in model.model.layers for expert in layer.block_sparse_moe.experts]
-        runs["experts", method, len(experts)] = partial(_run_experts, experts, row)
+        for rows in _ROWS:
+            some = experts if rows < _MANY_ROWS else experts[:_EXPERTS]
+            inputs = _random(rows, _SMALL["hidden_size"], device)
+            runs["experts", method, rows, len(some)] = partial(_run_experts, some, inputs)
     return runs
 
 
@@ -273,7 +288,7 @@ def _host(fastest: dict[Any, float], large: dict[str, float]) -> tuple[dict[str,
     layer, expert, steps = {}, {}, []
     for method in MEASURED_METHODS:
         one, other = (fastest["tokens", method, layers] / _DECODED for layers in _LAYERS)
-        small = min(fastest[run] / run[2] for run in fastest if run[:2] == ("experts", method))
+        small = min(fastest[run] / run[3] for run in fastest if run[:3] == ("experts", method, 1))
         weight = max(0.0, large[method] - small) / (3 * _HIDDEN * _INTERMEDIATE - of_an_expert)
         expert[method] = max(0.0, small - of_an_expert * weight)
         whole = max(0.0, other - one) / (more - few)

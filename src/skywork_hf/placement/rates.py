@@ -129,6 +129,7 @@ class KernelRate:
         kernel: its name in `quantization.matmul`; "" for all that have no rate of their own.
         rows: of inputs, in 16 bit.
         seconds: for 10^9 weights, without the host's time for a call.
+        call: seconds of a call however few the weights are, beyond those of the host for one row.
     """
 
     part: str
@@ -136,6 +137,7 @@ class KernelRate:
     kernel: str
     rows: int
     seconds: float
+    call: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,13 @@ class Rates:
     def seconds(self, part: str, method: str, kernel: str, rows: float) -> float:
         """Of a kernel on 10^9 weights: between two numbers of rows that are known on a line, with fewer rows than are
         known as with the least, with more in proportion."""
-        points = self._curve(part, method, kernel)
+        return self._at(rows, self._curve(part, method, kernel, "seconds"))
+
+    def call(self, part: str, method: str, kernel: str, rows: float) -> float:
+        """The same of a kernel's call."""
+        return self._at(rows, self._curve(part, method, kernel, "call"))
+
+    def _at(self, rows: float, points: list[tuple[int, float]]) -> float:
         if rows <= points[0][0]:
             return points[0][1]
         if rows >= points[-1][0]:
@@ -192,12 +200,12 @@ class Rates:
     def _curve(self, *of: str) -> list[tuple[int, float]]:
         """Seconds by rows; where the kernel has none of its own, of what ran instead. More rows never take less."""
         if of not in self._curves:
-            part, method, kernel = of
+            part, method, kernel, value = of
             known = [rate for rate in self.kernels if (rate.part, rate.method) == (part, family(method, self.layer))]
             chosen = [rate for rate in known if rate.kernel == kernel] or known
             points: dict[int, float] = {}
             for rate in sorted(chosen, key=lambda rate: -rate.rows):
-                points[rate.rows] = min([rate.seconds, *points.values()])
+                points[rate.rows] = min([getattr(rate, value), *points.values()])
             self._curves[of] = sorted(points.items())
         return self._curves[of]
 

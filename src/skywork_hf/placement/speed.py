@@ -223,7 +223,7 @@ class Machine:
     ) -> None:
         self.devices, self.methods, self.rates, self.disk = devices, methods, rates, disk
         self.dtype, self.config = dtype, config
-        self._seconds: dict[tuple[str, str, Key, float], float] = {}
+        self._seconds: dict[tuple[str, str, Key, float], tuple[float, float]] = {}
 
     def seconds(self, kind: str, part: Part, held: Key, runs: Key, rows: float, nbytes: int = 0) -> float:
         """Of the device that `runs` a part as another holds it, LINEAR after linear or as an EXPERT; what of it is not
@@ -231,19 +231,22 @@ class Machine:
         method = self.methods[held]
         weights = sum(out * columns * number for (out, columns, _), number in part.linears.items())
         wider = self.dtype.itemsize / 2  # than rates of what is not quantised, which are of 16 bit
-        total = self._of_weights(kind, method, runs, rows) * weights * (wider if method == PLAIN else 1)
+        per_weight, call = self._rate(kind, method, runs, rows)
+        total = call + per_weight * weights * (wider if method == PLAIN else 1)
         if part.plain:
-            total += self._of_weights(LINEAR, PLAIN, runs, rows) * part.plain / 2
+            total += self._rate(LINEAR, PLAIN, runs, rows)[0] * part.plain / 2
         return max(total, nbytes / (self.devices[runs].bandwidth or inf))
 
-    def _of_weights(self, kind: str, method: str, key: Key, rows: float) -> float:
-        """Seconds of one weight; of the slowest kernel where some linears run one and some another, or where it is
-        unknown which."""
+    def _rate(self, kind: str, method: str, key: Key, rows: float) -> tuple[float, float]:
+        """Seconds of one weight, and of a call; of the slowest kernel where some linears run one and some another, or
+        where it is unknown which."""
         if (kind, method, key, rows) not in self._seconds:
             names = expected_kernel(method, self.devices[key], self.dtype, self.config, round(rows) or 1)
             kernels = names.replace("+", "/").split("/")
-            slowest = max(self.rates[key].seconds(kind, method, kernel, rows) for kernel in kernels)
-            self._seconds[kind, method, key, rows] = slowest / 1e9
+            rates = self.rates[key]
+            slowest = max(rates.seconds(kind, method, kernel, rows) for kernel in kernels)
+            call = max(rates.call(kind, method, kernel, rows) for kernel in kernels)
+            self._seconds[kind, method, key, rows] = slowest / 1e9, call
         return self._seconds[kind, method, key, rows]
 
     def stream_from_rows(self, expert: Part, nbytes: int, gpus: Iterable[Key]) -> int | None:
