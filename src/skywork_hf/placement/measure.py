@@ -44,7 +44,7 @@ _EXPERTS_OF_A_LAYER, _TOP_K = 16, 2
 _ATTENTION = 16, 512, 128
 _ATTENTION_WORK = 2 * 16 * 512**2 * 128
 # In each of some rounds a kernel runs for so many seconds, and at least twice where it takes less than a long time.
-_ROUNDS, _SECONDS, _LONG = 3, 0.08, 0.5
+_ROUNDS, _SECONDS, _LONG = 2, 0.06, 0.4
 # Bytes: of a file that is read from the disk in pieces of two sizes, each so often; and of copies.
 _FILE, _PIECES, _PIECE_RUNS = 3 * 2**26, (2**22, 2**25), 4
 _COPY = 2**26
