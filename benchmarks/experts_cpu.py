@@ -233,7 +233,8 @@ class LlamaCppRunner:
         from llama_cpp import Llama
 
         options = {"n_threads": THREADS, "n_threads_batch": THREADS, "n_batch": 512}
-        self.model = Llama(str(file), n_ctx=512, verbose=False, **options)
+        # Without `logits_all` it computes the last layer, which here is the only one, for the last token alone.
+        self.model = Llama(str(file), n_ctx=512, verbose=False, logits_all=True, **options)
 
     def start(self, tokens: list[int]) -> None:
         self.model.reset()

@@ -180,7 +180,12 @@ def _int8_rows(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _int_mm(rows: torch.Tensor, token_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return torch._int_mm(rows, weight.t()).float().mul_(token_scale).mul_(scale.float())
+    if rows.is_cpu and weight.shape[0] < weight.shape[1]:
+        # A CPU takes 0.6 to 0.9 of the time of the other order, measured for 5 to 256 rows.
+        products = torch._int_mm(weight, rows.t()).t().contiguous()
+    else:
+        products = torch._int_mm(rows, weight.t())
+    return products.float().mul_(token_scale).mul_(scale.float())
 
 
 def cpu_expert(
