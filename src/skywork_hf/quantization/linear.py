@@ -119,7 +119,8 @@ class SkyworkQuantizedLinear(nn.Linear):
         Raises:
             ValueError: the weight, which gets no gradient, is to be trained, as PEFT's `modules_to_save` has it.
         """
-        if self.codes.requires_grad and torch.is_grad_enabled():
+        parameters = self._parameters  # as attributes they cost a microsecond each
+        if parameters["weight"].requires_grad and torch.is_grad_enabled():  # type: ignore[union-attr]
             raise ValueError(
                 f"`{self.path}.weight` is quantised, and would stay as it is however long it is trained: leave it out "
                 "of `modules_to_save` and of `requires_grad_`, or load the model in 16 bit."
@@ -128,12 +129,13 @@ class SkyworkQuantizedLinear(nn.Linear):
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):  # kernels choose what each of their matmuls runs in
                 return self.forward(input.to(torch.get_autocast_dtype(device)))
-        rows = input.reshape(-1, input.shape[-1])  # of which a process has a part in tensor parallelism
+        rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])  # of which a process has a part in tensor parallelism
         # Past autograd where nothing is trained: a decoded token meets some hundreds of these.
         trained = torch.is_grad_enabled() and rows.requires_grad
         outputs = _FrozenMatmul.apply(rows, self) if trained else self.matmul(rows)
-        outputs = outputs.view(*input.shape[:-1], outputs.shape[-1])
-        return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
+        bias = parameters["bias"]
+        outputs = outputs if bias is None else outputs + bias.to(outputs.dtype)
+        return outputs if input.dim() == 2 else outputs.view(*input.shape[:-1], outputs.shape[-1])
 
     @property
     def W_q(self) -> torch.Tensor:
@@ -206,7 +208,8 @@ class SkyworkInt8Linear(SkyworkQuantizedLinear):
         self.weight_scale = _frozen((out_features,), torch.bfloat16, device)
 
     def matmul(self, inputs: torch.Tensor) -> torch.Tensor:
-        return matmul.int8_linear(inputs, self.codes, self.weight_scale, self.quantize_activations)
+        parameters: Any = self._parameters
+        return matmul.int8_linear(inputs, parameters["weight"], parameters["weight_scale"], self.quantize_activations)
 
 
 class SkyworkLinear(nn.Linear):
