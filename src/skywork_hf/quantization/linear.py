@@ -129,7 +129,9 @@ class SkyworkQuantizedLinear(nn.Linear):
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):  # kernels choose what each of their matmuls runs in
                 return self.forward(input.to(torch.get_autocast_dtype(device)))
-        rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])  # of which a process has a part in tensor parallelism
+        rows = (
+            input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+        )  # of which a process has a part in tensor parallelism
         # Past autograd where nothing is trained: a decoded token meets some hundreds of these.
         trained = torch.is_grad_enabled() and rows.requires_grad
         outputs = _FrozenMatmul.apply(rows, self) if trained else self.matmul(rows)
