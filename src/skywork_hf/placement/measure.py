@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +44,8 @@ _ATTENTION = 16, 512, 128
 _ATTENTION_WORK = 2 * 16 * 512**2 * 128
 # In each of some rounds a kernel runs for so many seconds, and at least twice where it takes less than a long time.
 _ROUNDS, _SECONDS, _LONG = 2, 0.06, 0.4
-# Bytes: of a file that is read from the disk in pieces of two sizes, each so often; and of copies.
-_FILE, _PIECES, _PIECE_RUNS = 3 * 2**26, (2**22, 2**25), 4
+# Bytes: of a file that is read from the disk in pieces of two sizes, so many of each in so many rounds; and of copies.
+_FILE, _PIECES, _PIECES_A_ROUND, _DISK_ROUNDS = 2**28, (2**23, 2**27), 8, 4
 _COPY = 2**26
 
 Say = Callable[[str], None]
@@ -70,6 +69,7 @@ def measured_calibration(folder: str | Path, say: Say) -> Calibration:
     for number, name in enumerate(machine["GPUs"]):
         say(f"GPU {number}, {name}")
         gpus.append(_device_rates(torch.device("cuda", number), name, say))
+    _values.cache_clear()
     return Calibration(machine, cpu, tuple(gpus), disk)
 
 
@@ -225,24 +225,28 @@ def _expert(method: str, device: torch.device) -> SkyworkMoeExpert:
         expert = SkyworkMoeExpert(SkyworkMoeConfig(**_SHAPE))
     for name in ("w1", "w2", "w3"):
         linear = getattr(expert, name)
-        weight = torch.randn(linear.out_features, linear.in_features).bfloat16()
-        setattr(expert, name, _linear(method, weight, device))
+        setattr(expert, name, _linear(method, linear.out_features, linear.in_features, device))
     return expert
 
 
-def _linear(method: str, weight: torch.Tensor, device: torch.device) -> nn.Linear:
+def _linear(method: str, out_features: int, in_features: int, device: torch.device) -> nn.Linear:
     """Of random values, which begin in memory where files have them."""
-    out_features, in_features = weight.shape
+    kind: Any = {"": partial(nn.Linear, bias=False), "int8": SkyworkInt8Linear, "fp8": SkyworkFp8Linear}[method]
+    linear: Any = kind(in_features, out_features, device="meta")
+    values, scale = _values(method, out_features, in_features)
+    linear.weight = nn.Parameter(_as_in_files(values, device), requires_grad=False)
+    if scale is not None:
+        linear.weight_scale = nn.Parameter(scale.to(device), requires_grad=False)
+    return linear
+
+
+@cache
+def _values(method: str, out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Random ones and their scale, the same for all linears of a shape: making them takes longer than measuring."""
     if not method:
-        linear = nn.Linear(in_features, out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(_as_in_files(weight, device), requires_grad=False)
-        return linear
-    kind: Any = SkyworkInt8Linear if method == "int8" else SkyworkFp8Linear
-    quantized = kind(in_features, out_features, device="meta")
-    codes, scale = (formats.quantize_int8 if method == "int8" else formats.quantize_fp8)(weight)
-    quantized.weight = nn.Parameter(_as_in_files(codes, device), requires_grad=False)
-    quantized.weight_scale = nn.Parameter(scale.to(device), requires_grad=False)
-    return quantized
+        return torch.randn(out_features, in_features, dtype=torch.bfloat16).mul_(in_features**-0.5), None
+    weight, _ = _values("", out_features, in_features)
+    return (formats.quantize_int8 if method == "int8" else formats.quantize_fp8)(weight)
 
 
 def _as_in_files(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -299,9 +303,16 @@ def _host(fastest: dict[Any, float], large: dict[str, float]) -> tuple[dict[str,
 
 def _model(method: str, device: torch.device, layers: int, shape: dict[str, Any]) -> Any:
     config = SkyworkMoeConfig(**shape, num_hidden_layers=layers, num_experts_per_tok=_TOP_K, pad_token_id=0)
-    model: Any = SkyworkMoeForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
-    for name, linear in linears_to_quantize(model, None).items() if method else ():
-        model.set_submodule(name, _linear(method, linear.weight.data, device))
+    with torch.device("meta"):
+        model: Any = SkyworkMoeForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    linears = linears_to_quantize(model, None)
+    for name, linear in linears.items():
+        model.set_submodule(name, _linear(method, linear.out_features, linear.in_features, device))
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                setattr(module, name, nn.Parameter(torch.randn(parameter.shape, dtype=parameter.dtype)))
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
     model.to(device)
     use_cpu_kernels(model)
     return model
@@ -389,16 +400,18 @@ def _disk(folder: Path, say: Say) -> Disk | None:
 
 
 def _piece_seconds(mapped: torch.Tensor, size: int, descriptor: int) -> float:
-    """The time in which so many bytes come from the disk; three quarters take longer, as others use it too."""
-    times = []
-    for _ in range(_PIECE_RUNS):
+    """The time in which so many bytes come from the disk and are first touched: the mean of some pieces, as a disk
+    that others use is now fast and now slow, in the fastest round."""
+    means = []
+    for _ in range(_DISK_ROUNDS):
         forget(_pages_of(mapped), descriptor)
-        for piece in mapped.split(size // mapped.itemsize)[:: max(1, _FILE // size // _PIECE_RUNS)]:
-            start = time.perf_counter()
+        pieces = mapped.split(size // mapped.itemsize)[:_PIECES_A_ROUND]
+        start = time.perf_counter()
+        for piece in pieces:
             will_be_read(_pages_of(piece))
             piece.sum()
-            times.append(time.perf_counter() - start)
-    return statistics.quantiles(times, n=4)[0]
+        means.append((time.perf_counter() - start) / len(pieces))
+    return min(means)
 
 
 def _pages_of(mapped: torch.Tensor) -> list[range]:

@@ -281,8 +281,8 @@ def expected_seconds(
     """What a step is expected to take; for what and where, see `Expected`. Arguments as those of `reading_of`.
 
     On a GPU a layer takes the larger of the host's time and its own. The experts of a layer run at the same time on
-    different devices; the host, which launches them and computes those of the CPU, is one of these. Experts on the
-    disk are read while the CPU computes.
+    different devices; the host, which launches them and computes those of the CPU, is one of these. Those on the disk
+    are read one after the other, while the CPU computes those that are there.
     """
     walk = _Walk(machine, parts, size, step, stream_from_rows)
     # Only the last token of a prompt meets the LM head.
@@ -373,7 +373,8 @@ class _Phase:
     def __init__(self, walk: _Walk, key: Key) -> None:
         self.walk, self.machine, self.key = walk, walk.machine, key
         self.gpus: Seconds = defaultdict(float)  # and beside them, one after the other, the host:
-        self.host = self.streams = self.cpu = self.cpu_disk = self.disk_bytes = 0.0
+        self.host = self.streams = self.cpu = self.disk_bytes = 0.0
+        self.clock = 0.0  # of the CPU: each of its experts begins after the one before, and after it has been read
 
     def add_expert(self, expert: Part, place: Key, rows: float, share: float) -> None:
         """One that runs with this probability."""
@@ -386,11 +387,12 @@ class _Phase:
         if runs != CPU:
             self.gpus["experts", runs] += seconds
             self.streams += share * nbytes / machine.rates[runs].streaming if streams else 0
-        elif place == DISK:
-            self.cpu_disk += seconds
+            return
+        if place == DISK:
             self.disk_bytes += share * nbytes
-        else:
-            self.cpu += seconds
+            self.clock = max(self.clock, self.machine.disk.seconds(self.disk_bytes) if self.machine.disk else 0.0)
+        self.cpu += seconds
+        self.clock += seconds
 
     def finish(self, probability: float) -> None:
         walk, key = self.walk, self.key
@@ -398,13 +400,11 @@ class _Phase:
         for place, kinds in gpus.items():
             if place != key:
                 kinds["copies"] = 2 * walk.copy_seconds(key, place)
-        disk = self.machine.disk.seconds(self.disk_bytes) if self.machine.disk and self.disk_bytes else 0.0
-        computes = self.cpu + self.cpu_disk
         host = {
             ("host", key): self.host,
-            ("copies", key): self.streams + (2 * walk.copy_seconds(key, CPU) if key != CPU and computes else 0),
-            ("experts", CPU): computes,
-            ("disk", DISK): max(0.0, disk - computes),
+            ("copies", key): self.streams + (2 * walk.copy_seconds(key, CPU) if key != CPU and self.cpu else 0),
+            ("experts", CPU): self.cpu,
+            ("disk", DISK): self.clock - self.cpu,
         }
         slowest = max(gpus, key=lambda place: sum(gpus[place].values()), default=None)
         if slowest is not None and sum(gpus[slowest].values()) > sum(host.values()):
