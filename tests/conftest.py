@@ -11,6 +11,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tests run beside each other, one process 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
