@@ -116,7 +116,9 @@ def compiled(capability: int, kernel: Any, args: tuple[Any, ...], options: dict[
         if is_known:
             attributes[place,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    return build(source, GPUTarget("cuda", capability, 32), {"num_warps": options.get("num_warps", 4), "enable_fp_fusion": True})
+    return build(
+        source, GPUTarget("cuda", capability, 32), {"num_warps": options.get("num_warps", 4), "enable_fp_fusion": True}
+    )
 
 
 def problems(capability: int) -> list[str]:

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulated_device import SimulatedDevices
 from tiny import tiny_moe_config
 from torch import nn
 
 pytest.importorskip("triton")
 
 from skywork_hf.modeling_skywork_moe import SkyworkMoeExperts, SkyworkMoeGate
-from skywork_hf.quantization import formats, triton_blocks, triton_kernels
+from skywork_hf.quantization import formats, gpu_kernels, triton_blocks, triton_kernels
 from skywork_hf.quantization.expert_table import ExpertTable
 from skywork_hf.quantization.linear import SkyworkFp8Linear, SkyworkInt8Linear
 
@@ -204,7 +205,7 @@ def test_the_gate_is_the_models(tokens, experts, top_k, width, std):
     nn.init.normal_(layer.weight)
     layer = layer.to(DEVICE, torch.float16)
     rows = torch.randn(tokens, width, device=DEVICE).half()
-    logits, weights, index = triton_kernels.gate(rows, layer.weight, layer.top_k, std)
+    logits, weights, index = triton_kernels.gate(rows, layer.weight, layer.top_k, layer.normalisation)
     torch.testing.assert_close(logits, layer(rows)[0], rtol=2e-3, atol=2e-3)
     # Which of two that are all but equal is chosen may differ: so from the same logits.
     layer.project = lambda _: logits.float()
@@ -213,7 +214,7 @@ def test_the_gate_is_the_models(tokens, experts, top_k, width, std):
     chosen = logits.float().gather(1, index), logits.float().gather(1, expected_index)
     assert torch.equal(*chosen)
     assert (index.sort().values.diff() > 0).all()
-    again, again_index = triton_kernels.route(logits, layer.top_k, std)
+    again, again_index = triton_kernels.route(logits, layer.top_k, layer.normalisation)
     assert torch.equal(again_index, index)
     torch.testing.assert_close(again, weights)
 
@@ -368,6 +369,25 @@ def test_a_table_computes_what_the_experts_do_wherever_their_weights_went(kind):
     assert not ExpertTable(layer, torch.device("meta")).takes(rows)
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="simulated devices compute on the CPU")
+def test_experts_of_two_simulated_gpus_add_up_without_a_wait():
+    layer = layer_of("int8")
+    rows, index, shares = routed(layer)
+    expected = layer(rows, index, shares)
+    with SimulatedDevices() as simulated:
+        for number, expert in enumerate(layer):
+            expert.to(f"lazy:{number % 2}")
+        tables = [ExpertTable(layer, torch.device("lazy", index)) for index in range(2)]
+        arguments = [[tensor.to(f"lazy:{place}") for tensor in (rows, index, shares)] for place in range(2)]
+        before = simulated.host_syncs
+        assert all(table.takes(inputs) for table, (inputs, _, _) in zip(tables, arguments, strict=True))
+        here, there = (table(*tensors, is_partial=True) for table, tensors in zip(tables, arguments, strict=True))
+        assert (here.device, there.device) == (torch.device("lazy:0"), torch.device("lazy:1"))
+        assert simulated.host_syncs == before
+        outputs = (here + there.to(here.device)).to(rows.dtype).to("cpu")
+    torch.testing.assert_close(outputs, expected, rtol=3e-2, atol=3e-2)
+
+
 def test_the_rest_is_for_the_reference_path():
     layer = layer_of("int8")
     table = ExpertTable(layer, DEVICE)
@@ -511,3 +531,60 @@ def test_torch_compile_sees_each_launch_and_what_it_writes():
     written = ("logits top_k_weights top_k_index", "hidden", "outputs", "outputs", "largest", "codes scale")
     for line in printed(TRACED).splitlines():
         assert tuple(names.replace("'", "").replace(",", "") for names in ast.literal_eval(line)) == written
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "plain"])
+def test_kernels_are_compared_with_the_reference_once(kind, monkeypatch):
+    said = []
+    monkeypatch.setattr(gpu_kernels.logger, "warning_once", said.append)
+    monkeypatch.setattr(gpu_kernels, "_differences", {})
+    table = ExpertTable(layer_of(kind), DEVICE)
+    table.prepare(2)
+    assert table.refusal is None
+    right, called = triton_kernels.experts, []
+    monkeypatch.setattr(triton_kernels, "experts", lambda *args: called.append(args) or 2 * right(*args))
+    ExpertTable(layer_of(kind), DEVICE).prepare(2)
+    assert not called
+    gpu_kernels._differences.clear()
+    for _ in range(2):
+        layer = layer_of(kind)
+        table = ExpertTable(layer, DEVICE)
+        table.prepare(2)
+        assert "differs by 1 of its size" in table.refusal
+        assert not table.takes(routed(layer)[0])
+    assert len(called) == 1
+    (sentence,) = said
+    assert "differs by 1 of its size" in sentence
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"get_device_capability": (6, 1)}, "Tesla P40 has compute capability 6.1, and the kernels need 7.5"),
+        ({"hip": "6.0"}, "is not NVIDIA's"),
+        ({"linear": RuntimeError("ptxas\n is of another time")}, "(ptxas is of another time)"),
+        ({"import": ModuleNotFoundError("No module named 'triton'", name="triton")}, "pip install triton"),
+    ],
+)
+def test_a_gpu_without_the_kernels_runs_the_reference_path_and_says_why(changes, reason, monkeypatch):
+    def fail(error):
+        raise error
+
+    assert gpu_kernels.kernels_on(torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla P40")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: changes.get("get_device_capability", (8, 6)))
+    monkeypatch.setattr(torch.version, "hip", changes.get("hip"))
+    monkeypatch.setattr(torch, "ones", lambda *shape, **_: torch.zeros(shape))
+    if "linear" in changes:
+        monkeypatch.setattr(triton_kernels, "linear", lambda *_: fail(changes["linear"]))
+    if "import" in changes:
+        monkeypatch.setattr(gpu_kernels, "_check_card", lambda _: fail(changes["import"]))
+    gpu_kernels.kernels_on.cache_clear()
+    said = []
+    monkeypatch.setattr(gpu_kernels.logger, "warning_once", said.append)
+    for _ in range(2):
+        assert gpu_kernels.kernels_on(torch.device("cuda", 3)) is None
+    (sentence,) = said
+    assert "The Triton kernels do not run on cuda:3" in sentence
+    assert reason in sentence
+    gpu_kernels.kernels_on.cache_clear()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
+from itertools import repeat
+from operator import contains
 from typing import Any
 
 import torch
@@ -10,7 +13,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from . import triton_blocks, triton_kernels
-from .linear import SkyworkQuantizedLinear
+from .gpu_kernels import difference
+from .linear import SkyworkQuantizedLinear, is_plain
 from .triton_programs import TABLE_COLUMNS
 
 MATRICES = ("w1", "w3", "w2")
@@ -43,6 +47,8 @@ class ExpertTable:
         refusal: why the kernels do not run, in a sentence; None if they do.
     """
 
+    refusal: str | None
+
     def __init__(self, experts: Iterable[nn.Module], device: torch.device) -> None:
         self.experts, self.device = list(experts), device
         self._read()
@@ -67,26 +73,37 @@ class ExpertTable:
         facts = self._facts
         return triton_kernels.experts(hidden_states, top_k_index, top_k_weights, self.addresses, *facts, is_partial)
 
-    def tune(self, top_k: int) -> None:
-        """Choose block sizes on this device, if nobody did yet; see `triton_blocks.tune`."""
-        if self.device.type != "cuda" or self.refusal is not None:
+    @torch.no_grad()
+    def prepare(self, top_k: int) -> None:
+        """Choose block sizes on this device and compare with the experts' own forward, if neither was done yet for
+        experts of this form: while a model is placed, as both take time. Where they differ, `refusal` says so."""
+        if self.refusal is not None:
             return
+        here = [number for number, row in enumerate(self.addresses.tolist()) if row[0]][:top_k]
         hidden_size, dtype = self._linears[-1].out_features, self._inputs[0]
-        here = [number for number, row in enumerate(self.addresses.tolist()) if row[0]]
-        chosen = torch.tensor([here[place % len(here)] for place in range(top_k)], device=self.device)
+        places = torch.arange(triton_kernels.MAX_TOKENS * hidden_size, device=self.device)
+        inputs = places.sin().to(dtype).view(-1, hidden_size)
+        index = torch.tensor(here, device=self.device).expand(len(inputs), -1)
+        weights = torch.full(index.shape, 1 / len(here), device=self.device)
 
-        def run(is_alone: bool) -> None:
-            tokens = 1 if is_alone else triton_kernels.MAX_TOKENS
-            inputs = torch.ones(tokens, hidden_size, dtype=dtype, device=self.device)
-            self(inputs, chosen.expand(tokens, -1), torch.ones(tokens, top_k, device=self.device))
+        def run(tokens: int) -> torch.Tensor:
+            return self(inputs[:tokens], index[:tokens], weights[:tokens])
 
-        triton_blocks.tune(self.device, run)
+        if self.device.type == "cuda":
+            triton_blocks.tune(self.device, lambda is_alone: run(1 if is_alone else len(inputs)))
+        for tokens in (1, len(inputs)):
+
+            def reference(rows: torch.Tensor = inputs[:tokens]) -> torch.Tensor:
+                return torch.stack([self.experts[number](rows).float() for number in here]).mean(dim=0)
+
+            key = ("experts", *self._facts, dtype, hidden_size, tokens)
+            self.refusal = self.refusal or difference(key, self.device, partial(run, tokens), reference)
 
     def _read(self) -> None:
         """Note where everything is, and refuse what the kernels cannot do."""
         self._places = [(expert._modules, name) for expert in self.experts for name in MATRICES]
         self._linears: list[Any] = [modules.get(name) for modules, name in self._places]
-        self._tensors = [
+        self._parameters = [
             (linear._parameters, name)
             for linear in self._linears
             for name in ("weight", "weight_scale")
@@ -97,7 +114,7 @@ class ExpertTable:
         self._hooks = [hooks for one in modules for hooks in (one._forward_hooks, one._forward_pre_hooks)]
         self._attributes = [module.__dict__ for module in modules]
         self._is_hooked = self._is_hooked_now()
-        self.refusal: str | None = None
+        self.refusal = None
         try:
             self._fill()
         except Refusal as refusal:
@@ -113,11 +130,11 @@ class ExpertTable:
         )
 
     def _pointers_now(self) -> list[int]:
-        return [parameters[name].data_ptr() for parameters, name in self._tensors]
+        return [parameters[name].data_ptr() for parameters, name in self._parameters]
 
     def _is_hooked_now(self) -> bool:
         """Whether a module does more than its class says: by hooks of torch, or accelerate's forwards."""
-        return any(self._hooks) or any("forward" in attributes for attributes in self._attributes)
+        return any(self._hooks) or any(map(contains, self._attributes, repeat("forward")))
 
     def _fill(self) -> None:
         if self._is_hooked:
@@ -159,7 +176,7 @@ def matrix(name: str, linear: Any) -> Matrix:
         Refusal: the kernels cannot compute with it.
     """
     scale = None
-    if type(linear) is nn.Linear and linear.weight.dtype in INPUTS:
+    if is_plain(linear) and linear.weight.dtype in INPUTS:
         weight: torch.Tensor = linear.weight
     elif isinstance(linear, SkyworkQuantizedLinear):
         weight, scale = linear.codes, linear.weight_scale

@@ -18,7 +18,7 @@ past torch's dispatcher, which would take longer than some of the kernels. `TRIT
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -117,17 +117,15 @@ def experts(
     outputs = inputs.new_empty(tokens, hidden_size, dtype=_stored(dtype))
     if not tokens:
         return outputs.to(dtype)
-    is_alone = _is_alone(inputs, ALONE_TOKENS)
-    options = {
-        "FORMAT": _format(weight_dtype, device),
+    tile = _tile(inputs, ALONE_TOKENS)
+    is_alone = tile == 1
+    of_table = {
         "KIND": _kind(weight_dtype),
         "SCALE_KIND": _kind(scale_dtype),
         "IS_ALIGNED": is_aligned,
-        "COMPUTE": _compute(inputs, is_alone),
-        "TOKENS": 1 if is_alone else _tile(tokens),
         "TOP_K": triton.next_power_of_2(top_k),
     }
-    of_gate_up, of_down = (blocks_of(name, is_alone, device) for name in ("gate_up", "down"))
+    of_gate_up, of_down = blocks_of("gate_up", is_alone, device), blocks_of("down", is_alone, device)
     programs = tokens * top_k if is_alone else table.shape[0]
     _launch(
         gate_up,
@@ -135,8 +133,8 @@ def experts(
         (programs, triton.cdiv(intermediate_size, of_gate_up.rows)),
         *(inputs, top_k_index, table, hidden, tokens, top_k, intermediate_size),
         WIDTH=hidden_size,
-        **options,
-        **_tiling(of_gate_up, weight_dtype),
+        **of_table,
+        **_options(inputs, weight_dtype, tile, of_gate_up),
     )
     _launch(
         down,
@@ -145,8 +143,8 @@ def experts(
         *(hidden.to(inputs.dtype), top_k_index, top_k_weights, table, outputs, tokens, top_k, hidden_size),
         STEPS=top_k if is_alone else table.shape[0],
         WIDTH=intermediate_size,
-        **options,
-        **_tiling(of_down, weight_dtype),
+        **of_table,
+        **_options(inputs, weight_dtype, tile, of_down),
     )
     return outputs.to(dtype)
 
@@ -165,71 +163,68 @@ def linear(inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | Non
     """
     kernel = linear_kernel if _is_plain(inputs) else wrap_triton(linear_kernel)
     inputs = inputs.contiguous()
-    (tokens, width), features, device = inputs.shape, weight.shape[0], inputs.device
+    (tokens, width), features = inputs.shape, weight.shape[0]
     outputs = inputs.new_empty(tokens, features, dtype=_stored(inputs.dtype))
     if not tokens:
         return outputs.to(inputs.dtype)
-    is_alone = _is_alone(inputs, 1)
-    blocks = blocks_of("down", is_alone, device)
+    tile = _tile(inputs, 1)
+    blocks = blocks_of("down", tile == 1, inputs.device)
     _launch(
         kernel,
         inputs,
-        (triton.cdiv(features, blocks.rows), tokens if is_alone else 1),
+        (triton.cdiv(features, blocks.rows), tokens if tile == 1 else 1),
         inputs,
         weight.view(torch.int8) if weight.dtype == FP8 else weight,
         weight if scale is None else scale,
         *(outputs, tokens, features),
         WIDTH=width,
-        FORMAT=_format(weight.dtype, device),
-        COMPUTE=_compute(inputs, is_alone),
-        TOKENS=1 if is_alone else _tile(tokens),
-        **_tiling(blocks, weight.dtype),
+        **_options(inputs, weight.dtype, tile, blocks),
     )
     return outputs.to(inputs.dtype)
 
 
 @_operator
 def gate(
-    inputs: torch.Tensor, weight: torch.Tensor, top_k: int, normalised_std: float | None
+    inputs: torch.Tensor, weight: torch.Tensor, top_k: int, factor: float | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The router and `route`, in one launch.
 
     Args:
         inputs: [tokens, hidden_size], few of them.
         weight: [experts, hidden_size] in the same dtype, at most `MAX_EXPERTS` experts.
-        top_k, normalised_std: as of `route`.
+        top_k, factor: as of `route`.
 
     Returns:
         The logits [tokens, experts] in the dtype of `inputs`, and what `route` returns.
     """
     logits = inputs.new_empty(inputs.shape[0], weight.shape[0], dtype=_stored(inputs.dtype))
     kernel = route_kernel if _is_plain(inputs) else wrap_triton(route_kernel)
-    weights, index = _routed(kernel, logits, top_k, normalised_std, inputs.contiguous(), weight)
+    weights, index = _routed(kernel, logits, top_k, factor, inputs.contiguous(), weight)
     return logits.to(inputs.dtype), weights, index
 
 
 @_operator
-def route(logits: torch.Tensor, top_k: int, normalised_std: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+def route(logits: torch.Tensor, top_k: int, factor: float | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The chosen experts and their weights, as `SkyworkMoeGate` defines them, in one launch.
 
     Args:
         logits: [tokens, experts], at most `MAX_EXPERTS` experts.
         top_k: how many are chosen.
-        normalised_std: what the logits' standard deviation is made; None leaves them as they are.
+        factor: the `normalisation` of modeling_skywork_moe; None leaves the logits as they are.
 
     Returns:
         Weights float32 [tokens, top_k], each row of which sums to 1, from the largest on, and indices int64
         [tokens, top_k]; of equal logits the first ones.
     """
     kernel = route_kernel if _is_plain(logits) else wrap_triton(route_kernel)
-    return _routed(kernel, logits.contiguous(), top_k, normalised_std, None, None)
+    return _routed(kernel, logits.contiguous(), top_k, factor, None, None)
 
 
 def _routed(
     kernel: Any,
     logits: torch.Tensor,
     top_k: int,
-    normalised_std: float | None,
+    factor: float | None,
     inputs: torch.Tensor | None,
     weight: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -244,11 +239,10 @@ def _routed(
             logits if inputs is None else inputs,
             logits if weight is None else weight,
             *(logits, weights, index, experts, top_k),
-            # The kernel divides the sum of squares by n, and the standard deviation by n - 1.
-            (normalised_std or 0.0) * ((experts - 1) / experts) ** 0.5,
+            factor or 0.0,
             WIDTH=0 if inputs is None else inputs.shape[1],
             PROJECTS=inputs is not None,
-            NORMALISES=normalised_std is not None,
+            NORMALISES=factor is not None,
             EXPERTS=triton.next_power_of_2(experts),
             TOP_K=triton.next_power_of_2(top_k),
             COLUMNS=max(16, 4096 // triton.next_power_of_2(experts)),
@@ -341,34 +335,40 @@ def _stored(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if _IS_INTERPRETED and dtype == torch.bfloat16 else dtype
 
 
-def _format(dtype: torch.dtype, device: torch.device) -> str:
-    """How weights are stored, and for e4m3 whether the device has an instruction for it."""
-    if dtype == FP8:
-        return "e4m3" if capability(device) >= (8, 9) else "e4m3 bits"
-    return "int8" if dtype == torch.int8 else "plain"
-
-
+@cache
 def _kind(dtype: torch.dtype) -> str:
     return "int8" if dtype == FP8 else str(dtype).removeprefix("torch.")
 
 
-def _is_alone(inputs: torch.Tensor, tokens: int) -> bool:
-    """Whether each token is multiplied by itself: up to so many, and all bfloat16 before compute capability 8, whose
-    tensor cores do not take it."""
-    return len(inputs) <= tokens or (inputs.dtype == torch.bfloat16 and (0, 0) < capability(inputs.device) < (8, 0))
-
-
-def _compute(inputs: torch.Tensor, is_alone: bool) -> str:
-    """What values are multiplied in: float32 without tensor cores, which Triton's interpreter has to do with for
-    bfloat16 too, and with them the inputs' dtype, which holds all codes exactly."""
-    is_lacking = _IS_INTERPRETED and inputs.dtype == torch.bfloat16
-    return "float32" if is_alone or is_lacking else _kind(inputs.dtype)
-
-
-def _tile(tokens: int) -> int:
+def _tile(inputs: torch.Tensor, alone: int) -> int:
+    """How many tokens are multiplied at a time: one while there are no more than `alone`, and of bfloat16 before
+    compute capability 8, whose tensor cores do not take it."""
+    tokens = len(inputs)
+    if tokens <= alone or (inputs.dtype == torch.bfloat16 and (0, 0) < capability(inputs.device) < (8, 0)):
+        return 1
     return 8 if tokens <= 8 else MAX_TOKENS
 
 
-def _tiling(blocks: Blocks, dtype: torch.dtype) -> dict[str, int]:
-    columns = blocks.nbytes // dtype.itemsize
-    return {"ROWS": blocks.rows, "COLUMNS": columns, "STAGES": blocks.stages, "num_warps": blocks.warps}
+def _options(inputs: torch.Tensor, weight_dtype: torch.dtype, tile: int, blocks: Blocks) -> dict[str, Any]:
+    """What a kernel is compiled for."""
+    has_fp8 = capability(inputs.device) >= (8, 9)
+    return _options_for(inputs.dtype, weight_dtype, has_fp8, tile, blocks)
+
+
+@cache
+def _options_for(
+    dtype: torch.dtype, weight_dtype: torch.dtype, has_fp8: bool, tile: int, blocks: Blocks
+) -> dict[str, Any]:
+    # Several tokens are multiplied in their own dtype, which holds all codes exactly; Triton's interpreter has no
+    # bfloat16 for that.
+    is_float32 = tile == 1 or (_IS_INTERPRETED and dtype == torch.bfloat16)
+    fp8 = "e4m3" if has_fp8 else "e4m3 bits"
+    return {
+        "FORMAT": fp8 if weight_dtype == FP8 else "int8" if weight_dtype == torch.int8 else "plain",
+        "COMPUTE": "float32" if is_float32 else _kind(dtype),
+        "TOKENS": tile,
+        "ROWS": blocks.rows,
+        "COLUMNS": blocks.nbytes // weight_dtype.itemsize,
+        "STAGES": blocks.stages,
+        "num_warps": blocks.warps,
+    }
