@@ -7,7 +7,9 @@ from importlib.util import find_spec
 
 import skywork_hf
 
+_OF_TRITON = ("expert_table", "triton_blocks", "triton_kernels", "triton_programs")
 WRITTEN_WITH = {"skywork_hf.quantization.cpu_kernels": "numba"}
+WRITTEN_WITH |= {f"skywork_hf.quantization.{name}": "triton" for name in _OF_TRITON}
 
 if __name__ == "__main__":
     names = [module.name for module in pkgutil.walk_packages(skywork_hf.__path__, "skywork_hf.")]

@@ -55,6 +55,7 @@ LATE = {
     "__init__": "names are loaded when they are asked for, so that importing the package costs nothing",
     "registration": "our classes are imported when the library is there that they are registered with",
     "quantization.matmul": "the CPU kernels are written with numba, which is optional",
+    "quantization.gpu_kernels": "the kernels are written in Triton, which is optional",
     "cli": "`--help` and wrong arguments do not wait for torch",
 }
 

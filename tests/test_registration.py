@@ -50,7 +50,7 @@ from skywork_hf.registration import register
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "import_every_module.py"
-EXTRAS = ("bitsandbytes", "gguf", "hypothesis", "llama_cpp", "matplotlib", "peft", "pytest", "sentencepiece")
+EXTRAS = ("bitsandbytes", "gguf", "hypothesis", "llama_cpp", "matplotlib", "peft", "pytest", "sentencepiece", "triton")
 
 CLASSES = {
     "skywork-13b-tiny": (SkyworkConfig, SkyworkForCausalLM),
