@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from skywork_hf.quantization import triton_blocks, triton_kernels
-from skywork_hf.quantization.triton_programs import TABLE_COLUMNS
+from skywork_hf.quantization.cards import MAX_TOKENS, TABLE_COLUMNS
 
 # By compute capability: how many KiB of shared memory a program may have, and a card of the table, "" for any other.
 CARDS = {
@@ -64,7 +64,7 @@ def call_everything(dtype: torch.dtype) -> None:
     """Call every kernel, for one token and for many, with inputs of a dtype."""
     formats = {torch.int8: meta(HIDDEN, dtype=torch.bfloat16), torch.float8_e4m3fn: meta(), dtype: None}
     table = meta(EXPERTS, TABLE_COLUMNS, dtype=torch.int64)
-    for tokens in (1, triton_kernels.MAX_TOKENS):
+    for tokens in (1, MAX_TOKENS):
         rows = meta(tokens, HIDDEN, dtype=dtype)
         index, shares = meta(tokens, TOP_K, dtype=torch.int64), meta(tokens, TOP_K)
         for weight, scale in formats.items():

@@ -23,6 +23,7 @@ checkpoints
 training
 placement
 placement.dispatch
+placement.experts
 placement.pages
 placement.report
 placement.machine placement.plan

@@ -133,13 +133,13 @@ def advised(monkeypatch) -> list[tuple[int, int]]:
     def note(pages: list[range]) -> None:
         told.extend((weight.start, weight.stop) for weight in pages)
 
-    monkeypatch.setattr("skywork_hf.placement.dispatch.will_be_read", note)
+    monkeypatch.setattr("skywork_hf.placement.experts.will_be_read", note)
     return told
 
 
 def test_the_kernel_is_told_which_experts_on_disk_will_be_read(advised, monkeypatch):
     kept: list[range] = []
-    monkeypatch.setattr("skywork_hf.placement.dispatch.read_only_when_told", kept.extend)
+    monkeypatch.setattr("skywork_hf.placement.experts.read_only_when_told", kept.extend)
     experts = [["disk" if number < 12 else "cpu" for number in range(16)], ["cpu"] * 16]
     model = load(checkpoint(MOE), device_map=expert_map(["cpu"] * 2, experts))
     assert len(kept) == 12 * 3

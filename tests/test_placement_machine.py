@@ -17,7 +17,9 @@ from skywork_hf.placement.machine import GpuHere, differences
 
 def card(name: str, free: float | None = None) -> GpuHere:
     memory = int(CARDS[name].memory * GIB)
-    return GpuHere(name, memory, memory if free is None else int(free * GIB), CARDS[name].capability >= FP8_CAPABILITY)
+    return GpuHere(
+        name, memory, memory if free is None else int(free * GIB), CARDS[name].capability >= FP8_CAPABILITY, True
+    )
 
 
 @pytest.fixture(scope="module")

@@ -13,16 +13,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated_device import SimulatedDevices
 from tiny import tiny_moe_config
 from torch import nn
 
 pytest.importorskip("triton")
 
-from skywork_hf.modeling_skywork_moe import SkyworkMoeExperts, SkyworkMoeGate
-from skywork_hf.quantization import formats, gpu_kernels, triton_blocks, triton_kernels
-from skywork_hf.quantization.expert_table import ExpertTable
-from skywork_hf.quantization.linear import SkyworkFp8Linear, SkyworkInt8Linear
+from skywork_hf.modeling_skywork_moe import SkyworkMoeGate
+from skywork_hf.quantization import cards, formats, gpu_kernels, triton_blocks, triton_kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROOT = Path(__file__).parent.parent
@@ -317,118 +314,6 @@ def test_shapes_and_dtypes_are_known_without_values():
     torch.library.opcheck(operators.quantize_fp8, (layer.inputs, None), test_utils=checks)
 
 
-def layer_of(kind: str, dtype: torch.dtype = torch.bfloat16, experts: int = 4) -> SkyworkMoeExperts:
-    """Random experts as a loaded model has them."""
-    layer = SkyworkMoeExperts(tiny_moe_config(num_experts=[experts])).to(DEVICE, dtype)
-    for expert in layer if kind != "plain" else []:
-        for name in ("w1", "w2", "w3"):
-            setattr(expert, name, quantised(kind, getattr(expert, name)))
-    return layer.eval()
-
-
-def quantised(kind: str, linear: nn.Linear) -> nn.Linear:
-    make = SkyworkInt8Linear if kind == "int8" else SkyworkFp8Linear
-    layer = make(linear.in_features, linear.out_features, device=DEVICE)
-    weight, scale = stored(kind, linear.weight.data, linear.weight.dtype)
-    layer._parameters["weight"].data, layer.weight_scale.data = weight, scale
-    return layer
-
-
-def routed(layer: SkyworkMoeExperts, tokens: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dtype = next(parameter.dtype for parameter in layer.parameters())
-    rows = torch.randn(tokens, 32, device=DEVICE).to(dtype if dtype in DTYPES else torch.bfloat16)
-    index = torch.stack([torch.randperm(len(layer), device=DEVICE)[:2] for _ in range(tokens)])
-    return rows, index, torch.rand(tokens, 2, device=DEVICE)
-
-
-@pytest.mark.parametrize("kind", ["int8", "fp8", "plain"])
-def test_a_table_computes_what_the_experts_do_wherever_their_weights_went(kind):
-    layer = layer_of(kind)
-    table = ExpertTable(layer, DEVICE)
-    rows, index, shares = routed(layer)
-
-    def check() -> None:
-        assert table.takes(rows), table.refusal
-        torch.testing.assert_close(table(rows, index, shares), layer(rows, index, shares), rtol=3e-2, atol=3e-2)
-
-    check()
-    first = table.addresses
-    check()
-    assert table.addresses is first
-    for parameter in layer[1].parameters():  # moved
-        parameter.data = parameter.data.clone()
-    check()
-    assert table.addresses is not first
-    other = layer_of(kind)
-    layer[2].w1._parameters["weight"] = other[2].w1._parameters["weight"]  # replaced, as accelerate does
-    if kind != "plain":
-        layer[2].w1.weight_scale = other[2].w1.weight_scale
-    layer[3].w2 = other[3].w2
-    check()
-    layer[0] = other[0]
-    assert not ExpertTable(layer, torch.device("meta")).takes(rows)
-
-
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="simulated devices compute on the CPU")
-def test_experts_of_two_simulated_gpus_add_up_without_a_wait():
-    layer = layer_of("int8")
-    rows, index, shares = routed(layer)
-    expected = layer(rows, index, shares)
-    with SimulatedDevices() as simulated:
-        for number, expert in enumerate(layer):
-            expert.to(f"lazy:{number % 2}")
-        tables = [ExpertTable(layer, torch.device("lazy", index)) for index in range(2)]
-        arguments = [[tensor.to(f"lazy:{place}") for tensor in (rows, index, shares)] for place in range(2)]
-        before = simulated.host_syncs
-        assert all(table.takes(inputs) for table, (inputs, _, _) in zip(tables, arguments, strict=True))
-        here, there = (table(*tensors, is_partial=True) for table, tensors in zip(tables, arguments, strict=True))
-        assert (here.device, there.device) == (torch.device("lazy:0"), torch.device("lazy:1"))
-        assert simulated.host_syncs == before
-        outputs = (here + there.to(here.device)).to(rows.dtype).to("cpu")
-    torch.testing.assert_close(outputs, expected, rtol=3e-2, atol=3e-2)
-
-
-def test_the_rest_is_for_the_reference_path():
-    layer = layer_of("int8")
-    table = ExpertTable(layer, DEVICE)
-    rows, _, _ = routed(layer)
-    assert table.takes(rows)
-    assert table.takes(rows.half())
-    assert not table.takes(rows.float())
-    assert not table.takes(rows.repeat(6, 1))  # 18
-    assert not table.takes(rows[:0])
-    with torch.enable_grad():
-        assert not table.takes(rows)
-    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-        assert table.takes(rows)
-        assert not table.takes(rows.half())
-    assert not ExpertTable(layer_of("plain", torch.float16), DEVICE).takes(rows)
-
-
-def test_what_the_kernels_do_not_know_is_refused_in_a_sentence_and_taken_when_it_is_gone():
-    layer = layer_of("int8")
-    table = ExpertTable(layer, DEVICE)
-    rows, _, _ = routed(layer)
-    expert, kept = layer[1], layer[1].w1
-    for module in (expert, expert.w2):
-        handle = module.register_forward_hook(lambda *_: None)
-        assert not table.takes(rows)
-        assert "hook" in table.refusal
-        handle.remove()
-        assert table.takes(rows)
-    expert.forward = expert.forward  # as accelerate does
-    assert not table.takes(rows)
-    del expert.forward
-    expert.w1 = nn.Sequential(kept)  # as PEFT does
-    assert not table.takes(rows)
-    assert "w1 of expert 1 is a Sequential" in table.refusal
-    expert.w1 = nn.Linear(32, 48, bias=False, device=DEVICE, dtype=torch.bfloat16)
-    assert not table.takes(rows)
-    assert "dtype" in table.refusal
-    expert.w1, expert.act_fn = kept, nn.GELU()
-    assert "silu" in ExpertTable(layer, DEVICE).refusal
-
-
 def test_block_sizes_of_an_unknown_card_are_measured_once(tmp_path, monkeypatch):
     fastest = {True: triton_blocks.CANDIDATES[True][2], False: triton_blocks.CANDIDATES[False][1]}
     device, ran = torch.device("cuda", 7), []
@@ -533,30 +418,6 @@ def test_torch_compile_sees_each_launch_and_what_it_writes():
         assert tuple(names.replace("'", "").replace(",", "") for names in ast.literal_eval(line)) == written
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8", "plain"])
-def test_kernels_are_compared_with_the_reference_once(kind, monkeypatch):
-    said = []
-    monkeypatch.setattr(gpu_kernels.logger, "warning_once", said.append)
-    monkeypatch.setattr(gpu_kernels, "_differences", {})
-    table = ExpertTable(layer_of(kind), DEVICE)
-    table.prepare(2)
-    assert table.refusal is None
-    right, called = triton_kernels.experts, []
-    monkeypatch.setattr(triton_kernels, "experts", lambda *args: called.append(args) or 2 * right(*args))
-    ExpertTable(layer_of(kind), DEVICE).prepare(2)
-    assert not called
-    gpu_kernels._differences.clear()
-    for _ in range(2):
-        layer = layer_of(kind)
-        table = ExpertTable(layer, DEVICE)
-        table.prepare(2)
-        assert "differs by 1 of its size" in table.refusal
-        assert not table.takes(routed(layer)[0])
-    assert len(called) == 1
-    (sentence,) = said
-    assert "differs by 1 of its size" in sentence
-
-
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -570,7 +431,9 @@ def test_a_gpu_without_the_kernels_runs_the_reference_path_and_says_why(changes,
     def fail(error):
         raise error
 
-    assert gpu_kernels.kernels_on(torch.device("cpu")) is None
+    assert not gpu_kernels.has_triton(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cards.capability.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla P40")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: changes.get("get_device_capability", (8, 6)))
     monkeypatch.setattr(torch.version, "hip", changes.get("hip"))
@@ -579,12 +442,13 @@ def test_a_gpu_without_the_kernels_runs_the_reference_path_and_says_why(changes,
         monkeypatch.setattr(triton_kernels, "linear", lambda *_: fail(changes["linear"]))
     if "import" in changes:
         monkeypatch.setattr(gpu_kernels, "_check_card", lambda _: fail(changes["import"]))
-    gpu_kernels.kernels_on.cache_clear()
+    gpu_kernels.has_triton.cache_clear()
     said = []
     monkeypatch.setattr(gpu_kernels.logger, "warning_once", said.append)
     for _ in range(2):
-        assert gpu_kernels.kernels_on(torch.device("cuda", 3)) is None
+        assert not gpu_kernels.has_triton(torch.device("cuda", 3))
     (sentence,) = said
     assert "The Triton kernels do not run on cuda:3" in sentence
     assert reason in sentence
-    gpu_kernels.kernels_on.cache_clear()
+    gpu_kernels.has_triton.cache_clear()
+    cards.capability.cache_clear()

@@ -247,7 +247,7 @@ class SkyworkMoeExperts(nn.ModuleList):
     """The modular layout: one module per expert, each on whatever device it was put, and computed there.
 
     The fused layout is transformers' own `MixtralExperts`; both have the same `forward`. Models loaded by a device map
-    of several devices have `placement.dispatch.PlacedExperts`, where all devices compute at the same time.
+    of several devices have `placement.experts.PlacedExperts`, where all devices compute at the same time.
     """
 
     def __init__(self, config: SkyworkMoeConfig) -> None:

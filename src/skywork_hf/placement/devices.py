@@ -13,11 +13,12 @@ import torch
 from accelerate.utils import convert_file_size_to_int
 from transformers.integrations.accelerate import get_max_memory
 
+from ..quantization.cards import FP8_CAPABILITY, TRITON_CAPABILITY
+
 GIB = 2**30
 CPU, DISK = "cpu", "disk"
 # A device as device maps write it: 0, 1, ... for GPUs, "cpu", "disk".
 Key = int | str
-FP8_CAPABILITY = (8, 9)
 BF16_CAPABILITY = (8, 0)
 # Bytes copied to measure a bandwidth: more than any cache holds.
 _PROBE = 2**28
@@ -100,6 +101,7 @@ class Device:
         bandwidth: of its memory, in bytes a second; None where nobody said.
         has_fp8_unit: whether it multiplies FP8; None where nobody said.
         has_bf16_unit: whether it multiplies bfloat16; None where nobody said.
+        has_triton: whether it runs the Triton kernels; None where nobody said.
         has_context: whether `budget` is what CUDA's context has left.
     """
 
@@ -109,6 +111,7 @@ class Device:
     bandwidth: float | None = None
     has_fp8_unit: bool | None = None
     has_bf16_unit: bool | None = None
+    has_triton: bool | None = None
     has_context: bool = False
 
     @property
@@ -201,8 +204,9 @@ def _device(key: Key, value: Any, bandwidth: dict[Key, float], here: bool = Fals
     name, spec = (named, CARDS[named]) if named else card_here(key) if here else ("", None)
     budget = int(CARDS[named].memory * GIB) if named else _bytes(key, value)
     speed = bandwidth.get(key, spec.bandwidth * 1e9 if spec else None)
-    fp8, bf16 = (spec.capability >= needed if spec else None for needed in (FP8_CAPABILITY, BF16_CAPABILITY))
-    return Device(key, name, budget, speed, fp8, bf16)
+    needed = (FP8_CAPABILITY, BF16_CAPABILITY, TRITON_CAPABILITY)
+    fp8, bf16, triton = (spec.capability >= least if spec else None for least in needed)
+    return Device(key, name, budget, speed, fp8, bf16, triton)
 
 
 def _speed(key: Any, value: float) -> float:

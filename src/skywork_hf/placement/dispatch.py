@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
-from functools import partial
 from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
 from safetensors import safe_open
 from torch import nn
-from torch.func import functional_call
 from transformers import PreTrainedConfig
 from transformers.integrations.accelerate import check_and_set_device_map, get_device
 from transformers.utils import logging
 
-from ..modeling_skywork_moe import Pairs, SkyworkMoeBlock, SkyworkMoeExperts, device_of, with_idle
+from ..modeling_skywork_moe import SkyworkMoeBlock, SkyworkMoeExperts
 from ..quantization.config import as_config
-from ..quantization.experts import use_cpu_kernels
+from ..quantization.experts import use_cpu_kernels, use_gpu_kernels
 from ..quantization.linear import SkyworkQuantizedLinear, is_plain
 from .devices import CPU, DISK, Key, devices_of
+from .experts import PlacedExperts
 from .machine import differences
-from .pages import pages_of, read_only_when_told, will_be_read
 from .plan import PlacementPlan, plan_device_map
 from .rates import STREAM_FROM_ROWS
 from .report import judge, log_loading, placement_report
@@ -102,6 +100,7 @@ def load_placed(
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         compute_where_the_weights_are(model)
         use_cpu_kernels(model)
+        use_gpu_kernels(model)
         return loaded
     judge(differences(plan), [], strict_placement)
     for replaced in ("torch_dtype", "max_memory"):
@@ -112,6 +111,7 @@ def load_placed(
     model.placement_plan = plan
     compute_where_the_weights_are(model, plan)
     use_cpu_kernels(model)
+    use_gpu_kernels(model)
     report = placement_report(model)
     judge(report.problems, report.unquantized, strict_placement)
     log_loading(report, plan)
@@ -349,92 +349,6 @@ class LayerHook(ModelHook):
         if isinstance(value, (tuple, list)):
             return type(value)(map(self._bring, value))
         return self.copies.on(self.device, value) if hasattr(value, "to") else value  # as a BlockMask
-
-
-# The place among the runs, what computes it, and from which rows.
-Work = tuple[int, Callable[[torch.Tensor], torch.Tensor], torch.Tensor]
-
-
-class PlacedExperts(SkyworkMoeExperts):
-    """Experts on several devices, which all compute at the same time.
-
-    Args:
-        experts: whose place it takes.
-        on_disk: the numbers of those whose weights are mapped from a disk.
-    """
-
-    # From how many rows on an expert that lives on the CPU is copied to its layer's GPU and computed there, in
-    # inference; None: never. Where the weights are read once for many rows, a bus can beat a CPU.
-    stream_from_rows: int | None = None
-
-    def __init__(self, experts: SkyworkMoeExperts, on_disk: set[int]) -> None:
-        nn.ModuleList.__init__(self, experts)
-        self.overflow, self._others_are_sharded = experts.overflow, None
-        self.training = experts.training
-        self.on_disk = {number: pages_of(experts[number]) for number in on_disk}
-        for pages in self.on_disk.values():
-            read_only_when_told(pages)
-        self._note_devices()
-
-    def _note_devices(self) -> None:
-        """Not asked in each forward."""
-        self.devices = [device_of(expert) for expert in self]
-        self.some_on_cpu = any(device.type == CPU for device in self.devices)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> PlacedExperts:
-        super()._apply(*args, **kwargs)  # somebody moves them
-        self._note_devices()
-        return self
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """As of `SkyworkMoeExperts`. Rows are sent to all devices, then all are given their work, the CPU at last,
-        then all results are gathered: a copy between devices makes both wait, so that in any other order one computes
-        after the other."""
-        may_idle = self._may_run_idle()
-        pairs = Pairs(hidden_states, top_k_index, in_order=may_idle)
-        here, experts = hidden_states.device, list(self)
-        remote = here.type != CPU
-        # On its way before the host waits, and there after it.
-        rows_on_cpu = pairs.rows.to(CPU, non_blocking=True) if remote and self.some_on_cpu else pairs.rows
-        runs = pairs.runs(len(experts), self.overflow)
-        for number, _ in runs:
-            if number in self.on_disk:
-                will_be_read(self.on_disk[number])
-        if may_idle:
-            runs = with_idle(runs, experts)
-
-        # What begins to compute by itself, in whatever time; what the host first has to copy; what it computes itself.
-        elsewhere: list[Work] = []
-        streamed: list[Work] = []
-        on_cpu: list[Work] = []
-        for place, (number, run) in enumerate(runs):
-            expert, device = experts[number], self.devices[number]
-            if device.type != CPU:
-                rows = pairs.rows_of(run, pairs.rows)
-                # accelerate moves the rows for weights that it brings.
-                inputs = rows if device.type == "meta" else rows.to(device, non_blocking=True)
-                elsewhere.append((place, expert, inputs))
-            elif remote and self._streams(run):
-                streamed.append((place, partial(compute_on, here, expert), pairs.rows_of(run, pairs.rows)))
-            else:
-                on_cpu.append((place, expert, pairs.rows_of(run, rows_on_cpu)))
-        computed = {place: compute(inputs) for place, compute, inputs in (*elsewhere, *streamed, *on_cpu)}
-        # A CPU must not read what is still on its way.
-        outputs = [computed[place].to(here, non_blocking=remote) for place in range(len(runs))]
-        return pairs.weighted_sum(outputs, top_k_weights)
-
-    def _streams(self, run: slice) -> bool:
-        least = self.stream_from_rows
-        return least is not None and run.stop - run.start >= least and not torch.is_grad_enabled()
-
-
-def compute_on(device: torch.device, expert: nn.Module, rows: torch.Tensor) -> torch.Tensor:
-    """The output of an expert on `rows`, with copies of its weights on `device` that are gone afterwards."""
-    tensors = {**dict(expert.named_parameters()), **dict(expert.named_buffers())}
-    copies = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-    return functional_call(expert, copies, (rows,))
 
 
 def _set_streaming(model: Any, rows: int | None) -> None:

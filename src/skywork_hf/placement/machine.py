@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..quantization import matmul
+from ..quantization import gpu_kernels, matmul
 from .devices import GIB, Device
 from .problem import Solution
 from .speed import expected_kernel
@@ -19,12 +19,13 @@ _INSTEAD = "plan for the GPUs that are here (`plan_device_map` without `max_memo
 @dataclass(frozen=True)
 class GpuHere:
     """A GPU of this machine: its name, all that torch sees of its memory and what of it is free beside the context, in
-    bytes, and whether it multiplies FP8."""
+    bytes, whether it multiplies FP8, and whether it runs the Triton kernels."""
 
     name: str
     memory: int
     free: int
     has_fp8_unit: bool
+    has_triton: bool
 
 
 def gpus_here() -> list[GpuHere] | None:
@@ -38,8 +39,9 @@ def _gpu_here(number: int) -> GpuHere:
     properties = torch.cuda.get_device_properties(number)
     free, _ = torch.cuda.mem_get_info(number)
     free += torch.cuda.memory_reserved(number) - torch.cuda.memory_allocated(number)
-    has_fp8_unit = matmul.has_fp8_unit(torch.device("cuda", number))
-    return GpuHere(properties.name, properties.total_memory, free, has_fp8_unit)
+    device = torch.device("cuda", number)
+    has_fp8_unit, has_triton = matmul.has_fp8_unit(device), gpu_kernels.has_triton(device)
+    return GpuHere(properties.name, properties.total_memory, free, has_fp8_unit, has_triton)
 
 
 def differences(plan: Solution) -> list[str]:
@@ -74,7 +76,7 @@ def _differences(plan: Solution, planned: Device, here: GpuHere) -> Iterator[str
             f"{name} takes {needed / GIB:.4g} GiB by the plan, and {here.free / GIB:.4g} GiB are free: memory may run "
             "out, unless what else is there ends."
         )
-    found = replace(planned, has_fp8_unit=here.has_fp8_unit)
+    found = replace(planned, has_fp8_unit=here.has_fp8_unit, has_triton=here.has_triton)
     precision = plan.request.precision
     kernel = expected_kernel(precision.methods[planned.key], found, precision.dtype, plan.request.config)
     if kernel not in plan.kernel(planned.key).split("/"):

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from ..configuration_skywork import SkyworkMoeConfig
 from ..modeling_skywork_moe import SkyworkMoeExpert, SkyworkMoeForCausalLM
-from ..quantization import formats, matmul
-from ..quantization.experts import use_cpu_kernels
+from ..quantization import formats, gpu_kernels, matmul
+from ..quantization.experts import use_cpu_kernels, use_gpu_kernels
 from ..quantization.linear import SkyworkFp8Linear, SkyworkInt8Linear, SkyworkQuantizedLinear
 from ..quantization.quantizers import linears_to_quantize
 from .calibration import Calibration, this_machine
@@ -148,6 +148,7 @@ def _kernel_runs(device: torch.device) -> dict[Any, Callable[[], Any]]:
     for method in MEASURED_METHODS:
         all_experts = nn.ModuleList([_expert(method, device) for _ in range(_EXPERTS)])
         use_cpu_kernels(all_experts)
+        use_gpu_kernels(all_experts)
         for rows in _ROWS:
             # Many rows compute, and need not be kept from caches.
             experts = list(all_experts)[: _EXPERTS if rows < _MANY_ROWS else 1]
@@ -212,7 +213,8 @@ def _itemsize(method: str) -> int:
 
 
 def _kernel(method: str, device: torch.device, rows: int) -> str:
-    there = Device(CPU if device.type == CPU else 0, "", 0, None, matmul.has_fp8_unit(device))
+    has = {"has_fp8_unit": matmul.has_fp8_unit(device), "has_triton": gpu_kernels.has_triton(device)}
+    there = Device(CPU if device.type == CPU else 0, "", 0, **has)
     return expected_kernel(method, there, torch.bfloat16, SkyworkMoeConfig(**_SHAPE), rows)
 
 
@@ -315,6 +317,7 @@ def _model(method: str, device: torch.device, layers: int, shape: dict[str, Any]
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     model.to(device)
     use_cpu_kernels(model)
+    use_gpu_kernels(model)
     return model
 
 

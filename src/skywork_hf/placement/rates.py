@@ -22,6 +22,7 @@ MEASURED_METHODS = ("", "int8", "fp8")
 # one row, each intermediate tensor written once and read once.
 MOVED = {
     "linear": 1.0,
+    "triton": 1.02,
     "scaled_mm": 1.02,
     "int_mm": 1.05,
     "dequantize": 5.05,
@@ -32,6 +33,7 @@ MOVED = {
 # attention, gate, sorting rows by expert, gathering.
 LAUNCHES = {
     "linear": 1,
+    "triton": 1,
     "scaled_mm": 11,
     "scaled_mm, static": 5,
     "dequantize, static": 6,
@@ -41,6 +43,9 @@ LAUNCHES = {
     "bitsandbytes": 3,
 }
 LAYER_LAUNCHES, ATTENTION_LINEARS, EXPERT_LINEARS = 68, 4, 3
+# The same of a layer where the Triton kernels run, and of its experts for a few rows: where all are on its GPU, where
+# not, and for each further GPU (`tests/test_gpu_experts.py` counts them).
+TRITON_LAYER_LAUNCHES, TABLE_LAUNCHES, TABLES_LAUNCHES, FURTHER_GPU_LAUNCHES = 44, 2, 7, 5
 # Launches of a step beside its layers: embedding, rotary tables, mask, norm, head.
 STEP_LAUNCHES = 30
 # Seconds that the host takes for a launch in eager PyTorch: 4 to 6 us on a desktop CPU of today. It is why an H100
@@ -110,10 +115,10 @@ _ROWS = (1, 16, 256, 4096)
 _WEIGHTS = 10**9
 # By method: bytes of a weight, and what may run it on a GPU and on a CPU, where "" is all other kernels.
 _METHODS: dict[str, tuple[float, tuple[str, ...], tuple[str, ...]]] = {
-    "": (2, ("linear",), ("",)),
-    "int8": (1, ("dequantize", "int_mm"), ("dequantize", "")),
-    "fp8": (1, ("dequantize", "scaled_mm"), ("dequantize", "")),
-    "fp8-static": (1, ("dequantize", "scaled_mm"), ("dequantize", "")),
+    "": (2, ("linear", "triton"), ("",)),
+    "int8": (1, ("dequantize", "triton", "int_mm"), ("dequantize", "")),
+    "fp8": (1, ("dequantize", "triton", "scaled_mm"), ("dequantize", "")),
+    "fp8-static": (1, ("dequantize", "triton", "scaled_mm"), ("dequantize", "")),
     "bnb-int8": (1, ("bitsandbytes",), ("dequantize",)),
     "nf4": (0.6, ("bitsandbytes",), ("dequantize",)),
 }
@@ -251,13 +256,17 @@ def expected_gpu(device: Device, memory: float, dtype: torch.dtype, cpu_memory: 
     for method, (_, kernels, _) in _METHODS.items():
         kernel = "dequantize" if "dequantize" in kernels and not device.has_fp8_unit else kernels[-1]
         kernel = "dequantize" if method == "int8" else kernel  # integer matmuls take many rows
-        launches[method] = LAUNCHES[f"{kernel}, static" if method == "fp8-static" else _counted(kernel, dtype)]
+        kernel = "triton" if "triton" in kernels and device.has_triton else kernel
+        launches[method] = LAUNCHES[
+            f"{kernel}, static" if method == "fp8-static" and kernel != "triton" else _counted(kernel, dtype)
+        ]
+    of_a_layer = TRITON_LAYER_LAUNCHES if device.has_triton else LAYER_LAUNCHES
     return Rates(
         name=device.name,
         is_measured=False,
         memory=memory,
         kernels=_kernel_rates(True, seconds),
-        layer={key: LAUNCH * (LAYER_LAUNCHES + ATTENTION_LINEARS * number) for key, number in launches.items()},
+        layer={key: LAUNCH * (of_a_layer + ATTENTION_LINEARS * number) for key, number in launches.items()},
         expert={key: LAUNCH * EXPERT_LINEARS * number for key, number in launches.items()},
         step=LAUNCH * STEP_LAUNCHES,
         elements=memory * ELEMENTS_A_BYTE,

@@ -37,6 +37,7 @@ class PlacementReport:
         planned_bytes: the same by the plan; None without one.
         experts: by device, how many experts of which dtype run which kernel for one token, as (dtype, kernel).
         stream_from_rows: from how many rows on experts of the CPU are copied to a GPU; None for never.
+        one_by_one: of how many layers the experts on GPUs run one after the other for one token, by the reason.
         problems: what is not as planned, in sentences, `unquantized` among it.
         unquantized: the linears that should have been quantised, in sentences.
     """
@@ -45,6 +46,7 @@ class PlacementReport:
     planned_bytes: dict[Key, int] | None
     experts: dict[Key, Counter[tuple[str, str]]]
     stream_from_rows: int | None
+    one_by_one: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     unquantized: list[str] = field(default_factory=list)
 
@@ -56,6 +58,8 @@ class PlacementReport:
             lines.append(f"{key!s:10}{self.weight_bytes[key] / GIB:10.4g}{planned:>10}  {experts or '-'}")
         if self.stream_from_rows is not None:
             lines.append(f"experts on the CPU are copied to a GPU from {self.stream_from_rows} rows on")
+        for reason, layers in self.one_by_one.items():
+            lines.append(f"experts of {layers} layers run one by one on GPUs: {reason}")
         return "\n".join([*lines, *self.problems])
 
 
@@ -89,8 +93,12 @@ def placement_report(model: Any, plan: PlacementPlan | None = None, **removed: A
         ),
     )
     for name, experts in _experts_of(model):
+        tables = getattr(experts, "tables", None)
+        if tables is not None and tables.refusal and len(tables.on_cpu) < len(experts):
+            report.one_by_one[tables.refusal] += 1
         for number, expert in enumerate(experts):
-            _look_at(f"{name}.{number}", expert, model, plan, report)
+            is_in_table = tables is not None and tables.has(number, model.dtype)
+            _look_at(f"{name}.{number}", expert, is_in_table, model, plan, report)
     if report.planned_bytes is not None:
         report.problems += _differing_bytes(report.weight_bytes, report.planned_bytes)
     report.problems[:0] = report.unquantized
@@ -158,12 +166,15 @@ def _weight_bytes(model: Any) -> dict[Key, int]:
     return dict(found)
 
 
-def _look_at(name: str, expert: Any, model: Any, plan: PlacementPlan | None, report: PlacementReport) -> None:
+def _look_at(
+    name: str, expert: Any, is_in_table: bool, model: Any, plan: PlacementPlan | None, report: PlacementReport
+) -> None:
     """Add an expert to the report."""
     key = _key_of(model, f"{name}.w1.weight", expert.w1.weight)
     linears = {f"{name}.{part}": getattr(expert, part) for part in ("w1", "w2", "w3")}
     dtypes = "+".join(sorted({str(linear.weight.dtype).removeprefix("torch.") for linear in linears.values()}))
-    kernel = "+".join(sorted({kernel_of(linear, model.dtype) for linear in linears.values()}))
+    kernels = {"triton" if is_in_table else kernel_of(linear, model.dtype) for linear in linears.values()}
+    kernel = "+".join(sorted(kernels))
     report.experts[key][dtypes, kernel] += 1
     plain = [path for path, linear in linears.items() if is_plain(linear)]
     forgotten = [path for path in plain if _should_be_quantised(model, path)]
@@ -196,9 +207,9 @@ def kernel_of(linear: nn.Module, dtype: torch.dtype) -> str:
     device, shape = weight.device, weight.shape
     if isinstance(linear, SkyworkFp8Linear):
         has_unit = matmul.has_fp8_unit(device)
-        return matmul.fp8_kernel(device.type, has_unit, dtype, 1, shape, linear.activation_scheme)
+        return matmul.fp8_kernel(device.type, has_unit, dtype, 1, shape, linear.activation_scheme, linear.has_triton)
     if isinstance(linear, SkyworkInt8Linear):
-        return matmul.int8_kernel(device.type, dtype, 1, shape, linear.quantize_activations)
+        return matmul.int8_kernel(device.type, dtype, 1, shape, linear.quantize_activations, linear.has_triton)
     if isinstance(linear, SkyworkLinear):
         return matmul.linear_kernel(device.type, weight.dtype, 1)
     return "bitsandbytes" if type(linear).__module__.startswith("bitsandbytes") else "linear"

@@ -7,7 +7,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from math import comb, inf, prod
 from typing import Any
 
@@ -16,7 +16,17 @@ import torch
 from ..quantization import matmul
 from .devices import CPU, DISK, Device, Key
 from .precision import PLAIN
-from .rates import EXPERT, LAYER, LINEAR, Disk, Rates
+from .rates import (
+    EXPERT,
+    FURTHER_GPU_LAUNCHES,
+    LAUNCH,
+    LAYER,
+    LINEAR,
+    TABLE_LAUNCHES,
+    TABLES_LAUNCHES,
+    Disk,
+    Rates,
+)
 from .sizes import LayerParts, ModelParts, Part
 
 # More sets of chosen experts than this are sampled, with a fixed seed; so many in each layer.
@@ -77,24 +87,24 @@ def expected_kernel(method: str, device: Device, dtype: torch.dtype, config: Any
     "a/b" where it is unknown which. Names are those of `quantization.matmul`, and "bitsandbytes"."""
     shapes = [(config.intermediate_size, config.hidden_size), (config.hidden_size, config.intermediate_size)]
     device_type = "cuda" if device.is_gpu else "cpu"
-    if method.startswith("fp8"):
-        scheme = "none" if method == "fp8-weight-only" else "dynamic"
-        has_unit = [True, False] if device.has_fp8_unit is None else [device.has_fp8_unit]
-        return "/".join(
-            sorted(
-                {
-                    _joined(matmul.fp8_kernel(device_type, unit, dtype, rows, shape, scheme) for shape in shapes)
-                    for unit in has_unit
-                }
-            )
-        )
-    if method == "int8":
-        return _joined(matmul.int8_kernel(device_type, dtype, rows, shape, True) for shape in shapes)
-    return matmul.linear_kernel(device_type, dtype, rows) if method == PLAIN else "bitsandbytes"
 
+    def names(has_unit: bool, has_triton: bool) -> Iterator[str]:
+        if method.startswith("fp8"):
+            scheme = "none" if method == "fp8-weight-only" else "dynamic"
+            for shape in shapes:
+                yield matmul.fp8_kernel(device_type, has_unit, dtype, rows, shape, scheme, has_triton)
+        elif method == "int8":
+            for shape in shapes:
+                yield matmul.int8_kernel(device_type, dtype, rows, shape, True, has_triton)
+        else:
+            yield matmul.linear_kernel(device_type, dtype, rows, has_triton) if method == PLAIN else "bitsandbytes"
 
-def _joined(names: Iterable[str]) -> str:
-    return "+".join(sorted(set(names)))
+    may_have_unit, may_have_triton = (
+        (False,) if not device.is_gpu else (True, False) if known is None else (known,)
+        for known in (device.has_fp8_unit, device.has_triton)
+    )
+    found = {"+".join(sorted(set(names(*has)))) for has in product(may_have_unit, may_have_triton)}
+    return "/".join(sorted(found))
 
 
 def reading_of(
@@ -249,6 +259,10 @@ class Machine:
             self._seconds[kind, method, key, rows] = slowest / 1e9, call
         return self._seconds[kind, method, key, rows]
 
+    def runs_triton(self, key: Key, rows: int) -> bool:
+        """Whether the experts of a GPU surely run by the Triton kernels."""
+        return expected_kernel(self.methods[key], self.devices[key], self.dtype, self.config, rows) == "triton"
+
     def stream_from_rows(self, expert: Part, nbytes: int, gpus: Iterable[Key]) -> int | None:
         """From how many rows on every one of `gpus` has sooner copied an expert of the CPU, `nbytes`, and computed
         it, than the CPU has computed it; None for never."""
@@ -347,7 +361,8 @@ class _Walk:
 
     def routed(self, layer: LayerParts, key: Key, places: Sequence[Key], load: Sequence[float]) -> None:
         """The experts, on average over those that may be chosen."""
-        if key != CPU:
+        launches = self._table_launches(key, places)
+        if key != CPU and (launches is None or not {CPU, DISK}.isdisjoint(places)):
             self.add("waits", key, self.machine.rates[key].wait)
         top_k, rows = self.parts.config.num_experts_per_tok, self.step.rows
         if self.step.is_prompt:
@@ -361,19 +376,27 @@ class _Walk:
             phase.finish(1.0)
             return
         for chosen, probability in _chosen_sets(load, top_k, rows):
-            phase = _Phase(self, key)
+            phase = _Phase(self, key, launches)
             for number in chosen:
                 phase.add_expert(layer.experts[number], places[number], rows * top_k / len(chosen), 1.0)
             phase.finish(probability)
 
+    def _table_launches(self, key: Key, places: Sequence[Key]) -> int | None:
+        """How many the experts of all GPUs take together, by tables; None where they run one by one."""
+        gpus = {key, *places} - {CPU, DISK}
+        if key == CPU or self.step.is_prompt or not all(self.machine.runs_triton(gpu, self.step.rows) for gpu in gpus):
+            return None
+        return TABLE_LAUNCHES if {key, *places} == {key} else TABLES_LAUNCHES + FURTHER_GPU_LAUNCHES * (len(gpus) - 1)
+
 
 class _Phase:
-    """The experts of one layer that run together."""
+    """The experts of one layer that run together; `launches` as of `_table_launches`."""
 
-    def __init__(self, walk: _Walk, key: Key) -> None:
+    def __init__(self, walk: _Walk, key: Key, launches: int | None = None) -> None:
         self.walk, self.machine, self.key = walk, walk.machine, key
         self.gpus: Seconds = defaultdict(float)  # and beside them, one after the other, the host:
-        self.host = self.streams = self.cpu = self.disk_bytes = 0.0
+        self.streams = self.cpu = self.disk_bytes = 0.0
+        self.by_tables, self.host = launches is not None, LAUNCH * (launches or 0)
         self.clock = 0.0  # of the CPU: each of its experts begins after the one before, and after it has been read
 
     def add_expert(self, expert: Part, place: Key, rows: float, share: float) -> None:
@@ -383,7 +406,8 @@ class _Phase:
         streams = place == CPU and key != CPU and rows >= self.walk.stream_from_rows
         runs = key if streams else CPU if place == DISK else place
         seconds = share * machine.seconds(EXPERT, expert, place, runs, rows, nbytes)
-        self.host += share * machine.rates[runs].host(machine.methods[place], EXPERT)
+        if runs == CPU or not self.by_tables:
+            self.host += share * machine.rates[runs].host(machine.methods[place], EXPERT)
         if runs != CPU:
             self.gpus["experts", runs] += seconds
             self.streams += share * nbytes / machine.rates[runs].streaming if streams else 0

@@ -9,19 +9,23 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from .cards import TRITON_CAPABILITY, capability
+
 logger = logging.get_logger(__name__)
 
-# Of tensor cores and of 16-byte reads past registers, one of which each kernel has.
-OLDEST_CAPABILITY = (7, 5)
 # Of the norm: a kernel rounds less than the reference path, whose inputs and weights are in 16 bit.
 TOLERANCE = 0.02
 
+# The module `triton_kernels`, from the first device on that runs it: read in forwards, where nothing is looked for.
+kernels: Any = None
+
 
 @cache
-def kernels_on(device: torch.device) -> Any:
-    """The module `triton_kernels` where it runs on a device, else None; of a GPU one log line says why."""
+def has_triton(device: torch.device) -> bool:
+    """Whether a device runs the Triton kernels; of a GPU that does not one log line says why."""
+    global kernels
     if device.type != "cuda":
-        return None
+        return False
     try:
         _check_card(device)
         from . import triton_kernels
@@ -30,16 +34,17 @@ def kernels_on(device: torch.device) -> Any:
         triton_kernels.linear(ones, ones, None).item()  # it builds, and the driver takes it
     except Exception as error:
         _say_reference(device, _reason(error))
-        return None
-    return triton_kernels
+        return False
+    kernels = triton_kernels
+    return True
 
 
 def _check_card(device: torch.device) -> None:
-    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    name = torch.cuda.get_device_name(device)
     if torch.version.hip is not None:
         raise RuntimeError(f"{name} is not NVIDIA's, for whose cards the kernels were made")
-    if capability < OLDEST_CAPABILITY:
-        found, needed = (".".join(map(str, of)) for of in (capability, OLDEST_CAPABILITY))
+    if capability(device) < TRITON_CAPABILITY:
+        found, needed = (".".join(map(str, of)) for of in (capability(device), TRITON_CAPABILITY))
         raise RuntimeError(f"{name} has compute capability {found}, and the kernels need {needed}")
 
 
@@ -81,8 +86,14 @@ def difference(
 def _compared(kernel: Callable[[], torch.Tensor], reference: Callable[[], torch.Tensor]) -> str | None:
     expected = reference().float()
     try:
-        error = (kernel().float() - expected).norm() / expected.norm()
+        error = ((kernel().float() - expected).norm() / expected.norm()).item()
     except Exception as failure:
         return _reason(failure)
-    is_right = error.item() <= TOLERANCE
-    return None if is_right else f"what they compute differs by {error.item():.2g} of its size"
+    # Weights that are not finite, or all 0, say nothing.
+    says_nothing = not expected.isfinite().all().item() or not expected.any().item()
+    return None if error <= TOLERANCE or says_nothing else f"what they compute differs by {error:.2g} of its size"
+
+
+def sample(tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Inputs to compare with: [tokens, width]."""
+    return torch.arange(tokens * width, device=device).sin().to(dtype).view(tokens, width)

@@ -86,6 +86,8 @@ class SkyworkQuantizedLinear(nn.Linear):
     input_scale: nn.Parameter | None
     # In what dtype PEFT is to make adapters: its own. Without this it takes the weight's, and rounds them to float8.
     compute_dtype: torch.dtype | None = None
+    # Whether the Triton kernels compute it; see `find_kernels`.
+    has_triton = False
     path = "linear"  # its name in the model that it was loaded with
     # In tensor parallelism, transformers calls it with this process's part of the weight alone.
     _hf_quantized_needs_local_tp = True
@@ -167,7 +169,13 @@ class SkyworkQuantizedLinear(nn.Linear):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(move, recurse)
+        super()._apply(move, recurse)
+        self.find_kernels()
+        return self
+
+    def find_kernels(self) -> None:
+        """Note whether the Triton kernels run where the weight is; not asked in each forward."""
+        self.has_triton = matmul.has_kernels_for(self.codes, self.weight_scale)
 
 
 class SkyworkFp8Linear(SkyworkQuantizedLinear):
@@ -191,7 +199,8 @@ class SkyworkFp8Linear(SkyworkQuantizedLinear):
         self.register_parameter("input_scale", input_scale if activation_scheme == "static" else None)
 
     def matmul(self, inputs: torch.Tensor) -> torch.Tensor:
-        return matmul.fp8_linear(inputs, self.codes, self.weight_scale, self.activation_scheme, self.input_scale)
+        scheme, has_triton = self.activation_scheme, self.has_triton and not inputs.is_cpu
+        return matmul.fp8_linear(inputs, self.codes, self.weight_scale, scheme, self.input_scale, has_triton)
 
 
 class SkyworkInt8Linear(SkyworkQuantizedLinear):
@@ -211,7 +220,12 @@ class SkyworkInt8Linear(SkyworkQuantizedLinear):
 
     def matmul(self, inputs: torch.Tensor) -> torch.Tensor:
         parameters: Any = self._parameters
-        return matmul.int8_linear(inputs, parameters["weight"], parameters["weight_scale"], self.quantize_activations)
+        weight, scale, has_triton = (
+            parameters["weight"],
+            parameters["weight_scale"],
+            self.has_triton and not inputs.is_cpu,
+        )
+        return matmul.int8_linear(inputs, weight, scale, self.quantize_activations, has_triton)
 
 
 class SkyworkLinear(nn.Linear):

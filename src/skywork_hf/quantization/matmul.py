@@ -1,7 +1,8 @@
 """The matmuls on quantised weights, and on 16-bit ones on a CPU: which kernel runs where, and why.
 
 No kernel keeps a 16-bit copy of a weight: where one has to be made, "dequantize" makes it in blocks that are gone when
-the matmul is. On a CPU "numba" (`cpu_kernels`, where the extra `cpu` is installed) takes few rows, and what torch has
+the matmul is. On a GPU "triton" (`triton_kernels`, where it runs) takes few rows, and what torch has takes more. On a
+CPU "numba" (`cpu_kernels`, where the extra `cpu` is installed) takes few rows, and what torch has
 instructions for takes more. Which is which follows from a table by what the CPU has, and not from a measurement, so
 that a plan runs the same kernels each time; `benchmarks/cpu_kernels.py` checks the table, `docs/quantization.md` holds
 the figures.
@@ -14,9 +15,12 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers.utils import logging
 
+from . import gpu_kernels
+from .cards import MAX_TOKENS, has_fp8_unit
 from .formats import (
     FP8,
     INT8_MAX,
@@ -50,6 +54,8 @@ CPU_INT_MM_ROWS, CPU_INT_MM_FLOAT32_ROWS = NUMBA_ROWS + 1, NUMBA_ROWS_ALONE + 1
 CUDA_INT_MM_ROWS = 17
 CUDA_INT_MM_MULTIPLE = 8
 SCALED_MM_MULTIPLE = 16
+# What the Triton kernels take inputs in.
+KERNEL_INPUTS = (torch.bfloat16, torch.float16)
 
 
 def dequantized_linear(inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -74,6 +80,11 @@ def dequantized_linear(inputs: torch.Tensor, weight: torch.Tensor, scale: torch.
     return outputs
 
 
+def reference_linear(inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """What every kernel is compared with: `dequantized_linear`, or torch's linear for a weight without scale."""
+    return F.linear(inputs, weight) if scale is None else dequantized_linear(inputs, weight, scale)
+
+
 def dequantized_backward(grad: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """`grad @ real(weight)`: the gradient of a linear's inputs.
 
@@ -94,7 +105,11 @@ def dequantized_backward(grad: torch.Tensor, weight: torch.Tensor, scale: torch.
 
 
 def int8_linear(
-    inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, quantize_activations: bool
+    inputs: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    quantize_activations: bool,
+    has_triton: bool = False,
 ) -> torch.Tensor:
     """A linear on int8 weights.
 
@@ -103,20 +118,27 @@ def int8_linear(
         weight: int8 [out_features, in_features].
         scale: [out_features], a float dtype; bfloat16 unless somebody cast it.
         quantize_activations: whether many rows may run with int8 activations.
+        has_triton: what `has_kernels_for` says.
 
     Returns:
         [rows, out_features] in the dtype of `inputs`.
     """
     if torch.compiler.is_compiling() and inputs.device.type == "cpu":
         return _compiled_linear(inputs, weight, scale, quantize_activations)
-    kernel = int8_kernel(inputs.device.type, inputs.dtype, len(inputs), weight.shape, quantize_activations)
+    rows, device = len(inputs), inputs.device.type
+    kernel = int8_kernel(device, inputs.dtype, rows, weight.shape, quantize_activations, has_triton)
+    if kernel == "triton":
+        return gpu_kernels.kernels.linear(inputs, weight.contiguous(), scale)
     if kernel == "numba":
         return _numba().linear(inputs, weight.contiguous(), scale)
     if kernel == "weight_int8pack_mm":
-        if len(inputs) >= CPU_WEIGHT_ONLY_ALIGNED_ROWS:
+        if rows >= CPU_WEIGHT_ONLY_ALIGNED_ROWS:
             weight = _aligned(weight, CPU_WEIGHT_ONLY_ALIGNMENT)
         inputs = _aligned(inputs, CPU_WEIGHT_ONLY_INPUT_ALIGNMENT)
         return torch._weight_int8pack_mm(inputs, weight, scale.to(inputs.dtype))  # as it takes no other
+    if kernel == "int_mm" and has_triton:
+        codes, token_scale = gpu_kernels.kernels.quantize_int8(inputs)
+        return gpu_kernels.kernels.rescale(torch._int_mm(codes, weight.t()), token_scale, scale, inputs.dtype)
     if kernel == "int_mm":
         return int8_activations_linear(inputs, weight, scale)
     return dequantized_linear(inputs, weight, scale)
@@ -127,11 +149,43 @@ def _aligned(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
     return tensor if tensor.data_ptr() % multiple == 0 else tensor.clone()
 
 
+def has_kernels_for(weight: torch.Tensor, scale: torch.Tensor) -> bool:
+    """Whether the Triton kernels run on a weight's device, and compute for its format what the reference path does:
+    compared on first use."""
+    device = weight.device
+    if isinstance(weight, DTensor) or not gpu_kernels.has_triton(device):
+        return False
+
+    def differs(tokens: int) -> str | None:
+        inputs = gpu_kernels.sample(tokens, weight.shape[1], KERNEL_INPUTS[0], device)
+        return gpu_kernels.difference(
+            ("linear", weight.dtype, scale.dtype, tokens),
+            device,
+            lambda: gpu_kernels.kernels.linear(inputs, weight.contiguous(), scale),
+            lambda: reference_linear(inputs, weight, scale),
+        )
+
+    with torch.no_grad():
+        return not any(map(differs, (1, MAX_TOKENS)))
+
+
+def takes_triton(has_triton: bool, dtype: torch.dtype, rows: int) -> bool:
+    """Whether the Triton kernels, where they are, take so many inputs of `dtype`."""
+    return has_triton and 0 < rows <= MAX_TOKENS and dtype in KERNEL_INPUTS
+
+
 def int8_kernel(
-    device_type: str, dtype: torch.dtype, rows: int, shape: tuple[int, ...], quantize_activations: bool
+    device_type: str,
+    dtype: torch.dtype,
+    rows: int,
+    shape: tuple[int, ...],
+    quantize_activations: bool,
+    has_triton: bool = False,
 ) -> str:
-    """The name of what `int8_linear` runs for `rows` inputs of `dtype` and a weight of `shape`: "numba",
+    """The name of what `int8_linear` runs for `rows` inputs of `dtype` and a weight of `shape`: "triton", "numba",
     "weight_int8pack_mm", "int_mm" or "dequantize"."""
+    if takes_triton(has_triton, dtype, rows):
+        return "triton"
     if device_type == "cpu" and has_fast_numba(torch.int8, dtype, rows, quantize_activations):
         return "numba"
     if quantize_activations and has_fast_int_mm(device_type, dtype, rows, shape):
@@ -222,14 +276,22 @@ def bfloat16_linear(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return _numba().linear(inputs, weight, None)
 
 
-def linear_kernel(device_type: str, dtype: torch.dtype, rows: int) -> str:
-    """The name of what a `SkyworkLinear` of `dtype` runs for `rows` inputs: "numba", or "linear", torch's own."""
+def linear_kernel(device_type: str, dtype: torch.dtype, rows: int, has_triton: bool = False) -> str:
+    """The name of what an expert's 16-bit linears run for `rows` inputs of `dtype`: "triton", "numba" (as a
+    `SkyworkLinear` does), or "linear", torch's own."""
+    if takes_triton(has_triton, dtype, rows):
+        return "triton"
     fits = device_type == "cpu" and dtype == torch.bfloat16
     return "numba" if fits and has_fast_numba(dtype, dtype, rows) else "linear"
 
 
 def fp8_linear(
-    inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, scheme: str, input_scale: torch.Tensor | None
+    inputs: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    scheme: str,
+    input_scale: torch.Tensor | None,
+    has_triton: bool = False,
 ) -> torch.Tensor:
     """A linear on FP8 weights: by the device's FP8 unit, or weight-only where there is none or `scheme` is "none".
 
@@ -239,6 +301,7 @@ def fp8_linear(
         scale: one element, a float dtype.
         scheme: "static", "dynamic" or "none".
         input_scale: the same: the activations' scale, for "static".
+        has_triton: what `has_kernels_for` says.
 
     Returns:
         [rows, out_features] in the dtype of `inputs`.
@@ -246,15 +309,21 @@ def fp8_linear(
     device = inputs.device
     if torch.compiler.is_compiling() and device.type == "cpu":
         return _compiled_linear(inputs, weight, scale, False)
-    kernel = fp8_kernel(device.type, has_fp8_unit(device), inputs.dtype, len(inputs), weight.shape, scheme)
+    has_unit, rows = has_fp8_unit(device), len(inputs)
+    kernel = fp8_kernel(device.type, has_unit, inputs.dtype, rows, weight.shape, scheme, has_triton)
+    if kernel == "triton":
+        return gpu_kernels.kernels.linear(inputs, weight.contiguous(), scale)
     if kernel == "numba":
         return _numba().linear(inputs, weight.contiguous(), scale)
     if kernel == "dequantize":
         return dequantized_linear(inputs, weight, scale)
-    if input_scale is None:
-        input_scale = fp8_scale(inputs)
+    if has_triton:
+        codes, input_scale = gpu_kernels.kernels.quantize_fp8(inputs, input_scale)
+    else:
+        input_scale = fp8_scale(inputs) if input_scale is None else input_scale
+        codes = to_fp8(inputs, input_scale)
     return torch._scaled_mm(
-        to_fp8(inputs, input_scale),
+        codes,
         weight.t(),
         scale_a=input_scale.float().reshape(()),
         scale_b=scale.float().reshape(()),
@@ -263,10 +332,18 @@ def fp8_linear(
 
 
 def fp8_kernel(
-    device_type: str, has_unit: bool, dtype: torch.dtype, rows: int, shape: tuple[int, ...], scheme: str
+    device_type: str,
+    has_unit: bool,
+    dtype: torch.dtype,
+    rows: int,
+    shape: tuple[int, ...],
+    scheme: str,
+    has_triton: bool = False,
 ) -> str:
-    """The name of what `fp8_linear` runs for `rows` inputs of `dtype` and a weight of `shape`: "scaled_mm", "numba" or
-    "dequantize"."""
+    """The name of what `fp8_linear` runs for `rows` inputs of `dtype` and a weight of `shape`: "triton", "scaled_mm",
+    "numba" or "dequantize"."""
+    if takes_triton(has_triton, dtype, rows):
+        return "triton"
     fits = rows > 0 and all(size % SCALED_MM_MULTIPLE == 0 for size in shape)
     if has_unit and fits and scheme != "none":
         return "scaled_mm"
@@ -325,17 +402,6 @@ def _has_vnni() -> bool:
 
 def _has_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
-@cache
-def has_fp8_unit(device: torch.device) -> bool:
-    """Whether `device` multiplies FP8: an NVIDIA GPU of compute capability 8.9 or later."""
-    return (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.is_available()
-        and torch.cuda.get_device_capability(device) >= (8, 9)
-    )
 
 
 def unpacking_bytes(elements: int, weight_dtype: torch.dtype, inputs: torch.dtype, device_type: str) -> int:

@@ -58,6 +58,11 @@ class _SkyworkQuantizer(HfQuantizer):
         """Quantised weights stay as they are stored; all else is cast as in any checkpoint."""
         return None if dtype in (formats.FP8, torch.int8) else dtype
 
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile a forward of these linears, which it does whole."""
+        return True
+
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize()
 

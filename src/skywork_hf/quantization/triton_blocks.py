@@ -66,11 +66,6 @@ def blocks_for(card: str) -> dict[tuple[str, bool], Blocks]:
     return known or {kind: CANDIDATES[kind[1]][0] for kind in KINDS}
 
 
-@cache
-def capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-
-
 def tune(device: torch.device, run: Callable[[bool], object]) -> None:
     """Find the fastest candidates for a card that the table does not know: once for each card and version of Triton,
     as they are kept in Triton's cache folder.

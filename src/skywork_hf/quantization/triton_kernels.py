@@ -25,8 +25,9 @@ import torch
 import triton
 from torch.library import triton_op, wrap_triton
 
+from .cards import FP8_CAPABILITY, MAX_TOKENS, capability
 from .formats import FP8
-from .triton_blocks import Blocks, blocks_of, capability
+from .triton_blocks import Blocks, blocks_of, tune  # noqa: F401  # for who takes this module where it runs
 from .triton_programs import (
     down_kernel,
     gate_up_kernel,
@@ -38,12 +39,9 @@ from .triton_programs import (
     route_kernel,
 )
 
-MAX_TOKENS = 16
 # Up to so many tokens each has its own programs, also where two chose the same expert: the second finds its weights in
 # the card's cache.
 ALONE_TOKENS = 4
-# All of them are compared with each other.
-MAX_EXPERTS = 64
 
 _IS_INTERPRETED = triton.knobs.runtime.interpret
 
@@ -94,7 +92,7 @@ def experts(
 
     Args:
         inputs: [tokens, hidden_size], float16 or bfloat16, at most `MAX_TOKENS`.
-        top_k_index: int64 [tokens, top_k].
+        top_k_index: int32 or int64 [tokens, top_k].
         top_k_weights: float32 [tokens, top_k].
         table: int64 [experts, 6], addresses on the device of `inputs`: of the weight and the scale of w1, w3 and w2;
             zeros for an expert that is elsewhere.
@@ -359,7 +357,7 @@ def _tile(inputs: torch.Tensor, alone: int) -> int:
 
 def _options(inputs: torch.Tensor, weight_dtype: torch.dtype, tile: int, blocks: Blocks) -> dict[str, Any]:
     """What a kernel is compiled for."""
-    has_fp8 = capability(inputs.device) >= (8, 9)
+    has_fp8 = capability(inputs.device) >= FP8_CAPABILITY
     return _options_for(inputs.dtype, weight_dtype, has_fp8, tile, blocks)
 
 

@@ -11,10 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .cards import TABLE_COLUMNS
 from .formats import FP8_MAX, INT8_MAX
-
-# Of a table of addresses, a row for each expert: the weight and the scale of w1, w3 and w2.
-TABLE_COLUMNS = 6
 
 _TABLE_COLUMNS = tl.constexpr(TABLE_COLUMNS)
 _GATE, _UP, _DOWN = tl.constexpr(0), tl.constexpr(2), tl.constexpr(4)
