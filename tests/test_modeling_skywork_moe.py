@@ -75,7 +75,7 @@ def test_golden_logits_loss_and_router_logits(layout, attention):
     )
     assert type(model) is SkyworkMoeForCausalLM
     experts = model.model.layers[0].block_sparse_moe.experts
-    assert type(experts) is (SkyworkMoeExperts if layout == "modular" else MixtralExperts)
+    assert isinstance(experts, SkyworkMoeExperts if layout == "modular" else MixtralExperts)
     expected = golden(NAME)
     inputs = {key: expected[key] for key in ("input_ids", "attention_mask", "position_ids")}
     outputs = model(**inputs, labels=expected["labels"])

@@ -11,15 +11,15 @@ from transformers import AutoModelForCausalLM
 
 from skywork_hf import SkyworkMoeForCausalLM, plan_device_map
 from skywork_hf.placement import PlacementPlan, machine
-from skywork_hf.placement.devices import CARDS, FP8_CAPABILITY, GIB
+from skywork_hf.placement.devices import CARDS, GIB
 from skywork_hf.placement.machine import GpuHere, differences
+from skywork_hf.quantization.cards import FP8_CAPABILITY, TRITON_CAPABILITY
 
 
 def card(name: str, free: float | None = None) -> GpuHere:
     memory = int(CARDS[name].memory * GIB)
-    return GpuHere(
-        name, memory, memory if free is None else int(free * GIB), CARDS[name].capability >= FP8_CAPABILITY, True
-    )
+    has = (CARDS[name].capability >= needed for needed in (FP8_CAPABILITY, TRITON_CAPABILITY))
+    return GpuHere(name, memory, memory if free is None else int(free * GIB), *has)
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +55,9 @@ def test_gpus_that_are_not_here_are_named_before_anything_is_read(
 def test_a_card_with_less_memory_than_the_plan_fills(folder, monkeypatch):
     """The margin alone may be less than planned, which is warned of: drivers differ in what torch sees."""
     plan = plan_device_map(folder, {0: "rtx4090"}, context_tokens=32)
-    monkeypatch.setattr(machine, "gpus_here", lambda: [GpuHere("small", GIB // 2, GIB // 2, True)])
+    monkeypatch.setattr(machine, "gpus_here", lambda: [GpuHere("small", GIB // 2, GIB // 2, True, True)])
     assert "are free" in differences(plan)[0]
-    monkeypatch.setattr(machine, "gpus_here", lambda: [GpuHere("tiny", 2**16, 2**16, True)])
+    monkeypatch.setattr(machine, "gpus_here", lambda: [GpuHere("tiny", 2**16, 2**16, True, True)])
     with pytest.raises(
         ValueError, match=r"GPU 0 rtx4090 holds .* GiB by the plan, and the tiny here has .* GiB: plan"
     ):
@@ -66,11 +66,11 @@ def test_a_card_with_less_memory_than_the_plan_fills(folder, monkeypatch):
 
 def test_cards_that_run_the_plan_otherwise_are_warned_of(folder, monkeypatch):
     plan = plan_device_map(folder, {0: "rtx4090", 1: "rtx4090"}, "fp8", context_tokens=32)
-    monkeypatch.setattr(machine, "gpus_here", lambda: [card("rtx4090", free=0.5), card("rtx3090")])
+    monkeypatch.setattr(machine, "gpus_here", lambda: [card("rtx4090", free=0.5), card("v100")])
     full, slow = differences(plan)
     assert full.startswith("GPU 0 rtx4090 takes 0.825")  # without the context, which is there
     assert "0.5 GiB are free" in full
-    assert slow == "GPU 1 rtx4090 was to run scaled_mm, and the rtx3090 here runs dequantize."
+    assert slow == "GPU 1 rtx4090 was to run triton, and the v100 here runs dequantize."
     with pytest.raises(ValueError, match=r"2 things are not as planned: GPU 0 .* runs dequantize\.$"):
         AutoModelForCausalLM.from_pretrained(folder, device_map=plan, strict_placement=True)
 

@@ -218,7 +218,8 @@ def test_a_calibration_of_another_machine_is_for_plans_of_other_devices():
 def test_a_card_is_found_in_a_calibration_by_its_name():
     card = replace(MEASURED, name="rtx3090", wait=1.0, bus=1e9, streaming=1e9)
     found = replace(CALIBRATION, gpus=(card,))
-    plan = plan_device_map(tiny_moe_config(), {0: "RTX 3090", 1: "rtx4090"}, calibration=found)
+    cards = {0: "RTX 3090", 1: "rtx4090"}
+    plan = plan_device_map(tiny_moe_config(), cards, dtype=torch.float32, calibration=found)  # the host asks
     assert plan.placement.expected.decode["waits", 0] >= 1.0
     assert "from tables, not measured" in str(plan_device_map(tiny_moe_config(), {0: "rtx4090"}, calibration=found))
 
