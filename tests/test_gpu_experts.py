@@ -22,8 +22,9 @@ if torch.cuda.is_available():
 from skywork_hf import SkyworkFp8Config, SkyworkInt8Config, SkyworkMoeForCausalLM, placement_report
 from skywork_hf.compat import CACHE
 from skywork_hf.modeling_skywork_moe import SkyworkMoeBlock, SkyworkMoeExperts
-from skywork_hf.quantization import formats, gpu_kernels, triton_kernels
+from skywork_hf.quantization import expert_table, formats, gpu_kernels, triton_kernels
 from skywork_hf.quantization.expert_table import ExpertTables
+from skywork_hf.quantization.experts import use_gpu_kernels
 from skywork_hf.quantization.linear import SkyworkFp8Linear, SkyworkInt8Linear
 
 GPUS = [f"lazy:{index}" for index in range(4)]
@@ -340,3 +341,20 @@ def test_a_model_of_one_gpu_says_that_it_compiles_whole(tmp_path):
     assert not load(folder, "int8", GPUS[:2])._can_compile_fullgraph
     assert not load(folder, "int8", ["cpu"])._can_compile_fullgraph
     assert load(folder, "int8", GPUS[:1]).hf_quantizer.is_compileable
+
+
+def test_gate_and_experts_compile_whole(simulated, monkeypatch):
+    """On the CPU for once, as what is compiled cannot be simulated."""
+    simulated.__exit__(None, None, None)
+    try:
+        monkeypatch.setattr(expert_table, "HOST", "none")
+        monkeypatch.setattr(gpu_kernels, "has_triton", lambda device: device.type == "cpu")
+        model = SkyworkMoeForCausalLM(tiny_moe_config(pad_token_id=0)).to(torch.bfloat16).eval()
+        use_gpu_kernels(model)
+        assert model._can_compile_fullgraph
+        states = torch.randn(1, 3, 32).bfloat16()
+        block = block_of(model)
+        compiled = torch.compile(block, fullgraph=True, backend="eager")
+        assert_close(compiled(states), block(states))
+    finally:
+        simulated.__enter__()

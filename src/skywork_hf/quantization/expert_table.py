@@ -19,6 +19,7 @@ from .cards import MAX_TOKENS, TABLE_COLUMNS
 from .linear import SkyworkQuantizedLinear, is_plain
 from .matmul import KERNEL_INPUTS, reference_linear
 
+HOST = "cpu"
 MATRICES = ("w1", "w3", "w2")
 SCALES = (torch.bfloat16, torch.float16, torch.float32)
 # As places in a weight are counted in 32 bits.
@@ -62,7 +63,7 @@ class ExpertTables:
     def takes(self, hidden_states: torch.Tensor) -> bool:
         """Whether the tables compute this: a few tokens in 16 bit, in inference, by experts that the kernels know."""
         is_few = 0 < len(hidden_states) <= MAX_TOKENS
-        if not is_few or torch.is_grad_enabled() or hidden_states.device.type == "cpu" or is_cast(hidden_states):
+        if not is_few or torch.is_grad_enabled() or hidden_states.device.type == HOST or is_cast(hidden_states):
             return False
         if not torch.compiler.is_compiling() and not self._is_as_read():
             self.read()
@@ -133,8 +134,8 @@ class ExpertTables:
 
     def _fill(self) -> None:
         places = [device_of(expert) for expert in self._experts]
-        self.on_cpu = frozenset(number for number, place in enumerate(places) if place.type == "cpu")
-        devices = {place for place in places if place.type != "cpu"}
+        self.on_cpu = frozenset(number for number, place in enumerate(places) if place.type == HOST)
+        devices = {place for place in places if place.type != HOST}
         if not devices:
             raise Refusal("no expert is on a GPU")
         for device in devices:
