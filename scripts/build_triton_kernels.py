@@ -71,6 +71,9 @@ def call_everything(dtype: torch.dtype) -> None:
             scale_dtype = dtype if scale is None else scale.dtype
             triton_kernels.experts(rows, index, shares, table, INTERMEDIATE, weight, scale_dtype, True, False)
             triton_kernels.linear(rows, meta(HIDDEN, HIDDEN, dtype=weight), scale)
+        # As experts on several GPUs have it.
+        of_int8 = (table, INTERMEDIATE, torch.int8, torch.bfloat16, True, True)
+        triton_kernels.experts(rows, index.to(torch.int32), shares, *of_int8)
     rows = meta(512, HIDDEN, dtype=dtype)
     triton_kernels.gate(rows, meta(EXPERTS, HIDDEN, dtype=dtype), TOP_K, 1.0)
     triton_kernels.route(meta(512, EXPERTS, dtype=dtype), TOP_K, None)
