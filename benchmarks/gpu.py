@@ -223,11 +223,10 @@ def calibration(bench: Bench) -> None:
         bench.add("", note="takes a minute, and was not run with --tiny: tables say what is expected.")
     else:
         said: list[str] = []
-        with tempfile.TemporaryDirectory() as folder:
+        with bench.case("", least=100), tempfile.TemporaryDirectory() as folder:
             bench.calibration = measured_calibration(folder, said.append)
-        bench.add(
-            "", note="measured, and used below.", more={"calibration": bench.calibration.to_dict(), "said": said}
-        )
+            more = {"calibration": bench.calibration.to_dict(), "said": said}
+            bench.add("", note="measured, and used below.", more=more)
 
 
 @torch.no_grad()
@@ -248,7 +247,8 @@ def whole(bench: Bench) -> None:
     elif fits < ALL_LAYERS:
         bench.add("", note=f"not run: {fits} layers in FP8 fit into what is free on this card.")
     else:
-        measure_layers(bench, "fp8", ALL_LAYERS, vocab_size=SkyworkMoeConfig.vocab_size)
+        with bench.case("", least=45):
+            measure_layers(bench, "fp8", ALL_LAYERS, vocab_size=SkyworkMoeConfig.vocab_size)
 
 
 def layers_that_fit(bench: Bench, name: str, wanted: int, spare: int = SPARE) -> int:

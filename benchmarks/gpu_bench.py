@@ -10,7 +10,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -99,13 +99,15 @@ class Bench:
             self.add("", note="the rest was not run: the time is over.")
         except Exception as error:
             self.add("", note=failure(error))
+        self.free()
         self.seconds[name] = time.monotonic() - begun
         self.save()
 
     @contextmanager
-    def case(self, name: str) -> Iterator[None]:
-        """A part of a section that may fail by itself; its memory is free afterwards."""
-        if self.left() < LEAST_SECONDS:
+    def case(self, name: str, least: float = LEAST_SECONDS) -> Iterator[None]:
+        """A part of a section that may fail by itself, and is not begun in less than some seconds; its memory is free
+        afterwards."""
+        if self.left() < least:
             raise OutOfTime
         try:
             yield
@@ -113,9 +115,13 @@ class Bench:
             raise
         except Exception as error:
             self.add(name, note=failure(error))
+        self.free()
+
+    def free(self) -> None:
         gc.collect()
         if self.is_cuda:
-            torch.cuda.empty_cache()
+            with suppress(RuntimeError):  # after an error that all later calls repeat
+                torch.cuda.empty_cache()
 
     def add(self, case: str, **values: Any) -> None:
         self.rows.append(Row(self.section, case, **values))

@@ -79,5 +79,5 @@ def random_model(config: Any, name: str, device: torch.device, device_map: Any =
         device_map: as of `from_pretrained`, a plan too; None: all are on `device`.
     """
     load = partial(_random_model, held=name, device=device)
-    device_map = device_map or {"": 0 if device.type == "cuda" else "cpu"}
+    device_map = device_map or {"": 0 if device.type == "cuda" else str(device)}
     return load_placed(SkyworkMoeForCausalLM, load, config, config=config, device_map=device_map)
