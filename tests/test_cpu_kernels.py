@@ -305,3 +305,65 @@ def test_without_numba_torchs_kernels_run_and_one_line_says_so(error, reason, mo
     assert said.out.count("skywork-hf[cpu]") == 1
     assert said.out.startswith(reason)
     matmul._numba.cache_clear()
+
+
+def int8_layer(out_features: int = 6, in_features: int = 40) -> SkyworkInt8Linear:
+    layer = SkyworkInt8Linear(in_features, out_features)
+    codes, scale = quantize_int8(torch.randn(out_features, in_features))
+    layer._parameters["weight"].data, layer.weight_scale.data = codes, scale
+    return layer
+
+
+@torch.no_grad()
+def test_a_default_device_is_of_no_matter():
+    layer, inputs = int8_layer(), torch.randn(2, 40).bfloat16()
+    expected = layer(inputs)
+    with torch.device("meta"):
+        outputs = layer(inputs), dequantized_linear(inputs.repeat(64, 1), layer.codes, layer.weight_scale)[:2]
+    for output in outputs:
+        torch.testing.assert_close(output, expected, rtol=2e-2, atol=2e-2)
+
+
+@torch.no_grad()
+def test_a_trace_computes_and_does_not_keep_what_was_there():
+    layer = int8_layer()
+    traced = torch.jit.trace(layer, torch.randn(1, 40).bfloat16(), check_trace=False)
+    inputs = torch.randn(1, 40).bfloat16()
+    assert torch.equal(traced(inputs), layer(inputs))
+
+
+def test_scales_in_any_form():
+    inputs = torch.randn(2, 40)
+    codes, scale = quantize_fp8(torch.randn(6, 40))
+    one = scale.reshape(1).bfloat16()
+    torch.testing.assert_close(cpu_kernels.linear(inputs, codes, one), dequantized_linear(inputs, codes, one))
+    codes, scale = quantize_int8(torch.randn(6, 40))
+    strided = scale.repeat_interleave(2)[::2]
+    assert torch.equal(cpu_kernels.linear(inputs, codes, strided), cpu_kernels.linear(inputs, codes, scale))
+
+
+def test_numba_that_cannot_compile_is_one_line_too(monkeypatch):
+    def fail(dtypes: Any) -> None:
+        raise ValueError("no such target")
+
+    monkeypatch.setattr(cpu_kernels, "compile_for", fail)
+    monkeypatch.setattr(matmul, "_numba_error", [])
+    logger = logging.get_logger("skywork_hf.quantization.matmul")
+    try:
+        with CaptureLogger(logger) as said:
+            matmul.ready_cpu_kernels({torch.int8})
+        assert "numba fails (no such target)" in said.out
+        assert matmul.linear_kernel("cpu", torch.bfloat16, 1) == "linear"
+    finally:
+        matmul._numba.cache_clear()
+
+
+def test_what_torch_does_to_functions_works_on_layers():
+    linear = SkyworkLinear(40, 6, bias=False, dtype=torch.bfloat16)
+    inputs = torch.randn(3, 1, 40).bfloat16()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(linear)(inputs), linear(inputs), rtol=2e-2, atol=2e-2)
+    layer, trained = int8_layer(), torch.randn(2, 40, requires_grad=True)
+    torch.compile(layer, fullgraph=True, backend="aot_eager")(trained).sum().backward()
+    real_weight = layer.dequantize()
+    torch.testing.assert_close(trained.grad, real_weight.sum(dim=0).expand(2, -1), rtol=2e-2, atol=2e-2)

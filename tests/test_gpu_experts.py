@@ -281,7 +281,13 @@ def test_what_the_kernels_do_not_know_is_refused_in_a_sentence_and_taken_when_it
     expert.w1 = nn.Linear(32, 48, bias=False, dtype=torch.bfloat16).to(GPUS[0])
     assert not tables.takes(rows)
     assert "dtype" in tables.refusal
-    expert.w1, expert.act_fn = kept, nn.GELU()
+    expert.w1 = kept
+    weight = kept._parameters.pop("weight")  # as prune and parametrizations do
+    assert not tables.takes(rows)
+    assert "no weight of its own" in tables.refusal
+    kept._parameters["weight"] = weight
+    assert tables.takes(rows)
+    expert.act_fn = nn.GELU()
     assert "silu" in ExpertTables(layer).refusal
 
 
@@ -356,5 +362,14 @@ def test_gate_and_experts_compile_whole(simulated, monkeypatch):
         block = block_of(model)
         compiled = torch.compile(block, fullgraph=True, backend="eager")
         assert_close(compiled(states), block(states))
+        tables = copy.deepcopy(block).experts.tables
+        assert "copied" in tables.refusal  # a compiled copy would read the weights of the original
+        assert tables.takes(states[0])
+        torch._dynamo.reset()
+        adapted = torch.compile(block, backend="eager")
+        adapted(states)
+        for expert in block.experts:
+            expert.w2 = nn.Sequential(expert.w2, nn.Threshold(1e9, 0.0))  # as an adapter, here one that gives zeros
+        assert not adapted(states).any()
     finally:
         simulated.__enter__()

@@ -72,7 +72,9 @@ class PlacedExperts(SkyworkTritonExperts):
         numbers = self.overflow.read_with(routing.flatten()) if rows_on_cpu is not None else None
         sums = [tables(rows, index, weights.view(torch.float32), True) for rows, (index, weights) in sent]
         if numbers is not None and rows_on_cpu is not None:
-            sums.append(self._on_cpu(rows_on_cpu, torch.tensor(numbers, dtype=torch.int32).view(routing.shape)))
+            sums.append(
+                self._on_cpu(rows_on_cpu, torch.tensor(numbers, dtype=torch.int32, device=CPU).view(routing.shape))
+            )
         parts = [part.to(here, non_blocking=True) for part in sums]
         return torch.stack(parts).sum(dim=0).to(hidden_states.dtype)
 
@@ -84,10 +86,10 @@ class PlacedExperts(SkyworkTritonExperts):
                 chosen[number].append(pair)
         for number in chosen.keys() & self.on_disk.keys():
             will_be_read(self.on_disk[number])
-        total = torch.zeros(rows.shape)
+        total = torch.zeros(rows.shape, device=CPU)
         weights = routing[1].view(torch.float32).flatten()
         for number, pairs in chosen.items():
-            places = torch.tensor(pairs)
+            places = torch.tensor(pairs, device=CPU)
             tokens = places // routing.shape[-1]
             total.index_add_(0, tokens, self[number](rows[tokens]).float() * weights[places].unsqueeze(-1))
         return total

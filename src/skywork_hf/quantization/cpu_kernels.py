@@ -449,7 +449,7 @@ def unpack(weight: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def _run(inputs: torch.Tensor, matrices: list[tuple[torch.Tensor, torch.Tensor | None]]) -> torch.Tensor:
-    outputs = torch.empty(inputs.shape[0], matrices[-1][0].shape[0], dtype=inputs.dtype)
+    outputs = inputs.new_empty(inputs.shape[0], matrices[-1][0].shape[0])
     _start(inputs.contiguous(), outputs, matrices)
     return outputs
 
@@ -477,9 +477,12 @@ def _start(
     job[: _W2 + 3] = (0, 0, 0, 0, 0, 0, 0, 0, rows, *addresses, *sizes, *fields)
     kernel = _kernels.get(last.dtype) or _compiled(last.dtype)
     helpers = torch.get_num_threads() - 1
-    if helpers and sum(weight.nbytes for weight, _ in matrices) >= ALONE_BYTES:
-        _work_together(kernel, job, helpers)
-    _finish(kernel, job.ctypes.data)
+    address = job.ctypes.data
+    try:
+        if helpers and sum(weight.nbytes for weight, _ in matrices) >= ALONE_BYTES:
+            _work_together(kernel, job, helpers)
+    finally:
+        _finish(kernel, address)
 
 
 def _chunk(columns: int, itemsize: int, chunk_bytes: int) -> int:
@@ -491,19 +494,24 @@ def _scale_field(scale: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
     """Scales in a dtype that the kernels read, and their form."""
     if scale is None:
         return None, _NO_SCALE
-    if scale.dtype == torch.bfloat16 and scale.dim() == 1:
-        return scale, _BFLOAT16_SCALES
-    return scale.float(), _ONE_SCALE if scale.numel() == 1 else _FLOAT32_SCALES
+    if scale.numel() == 1:
+        return scale.float(), _ONE_SCALE
+    if scale.dtype == torch.bfloat16:
+        return scale.contiguous(), _BFLOAT16_SCALES
+    return scale.float().contiguous(), _FLOAT32_SCALES
 
 
 def _finish(kernel: Kernel, address: int) -> None:
-    try:
-        while not kernel(address):
+    interrupt = None
+    is_done = False
+    while not is_done:
+        try:
+            is_done = kernel(address)
             time.sleep(0)
-    except BaseException:  # Ctrl-C; helpers may still be at work on memory that would be freed
-        while not kernel(address):
-            time.sleep(0)
-        raise
+        except BaseException as error:  # Ctrl-C; helpers may still be at work on memory that would be freed
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 def _work_together(kernel: Kernel, job: np.ndarray, helpers: int) -> None:
@@ -544,8 +552,8 @@ def _pool() -> ThreadPoolExecutor:
 
 def _after_fork() -> None:
     """In a child, where no thread lives on."""
-    global _is_forked
-    _is_forked = True
+    global _is_forked, _compiling
+    _is_forked, _compiling = True, threading.Lock()
     _openmp.cache_clear()
     _pool.cache_clear()
 
@@ -573,7 +581,7 @@ def _compiled(dtype: torch.dtype) -> Kernel:
             signature = types.boolean(types.int64)
             try:
                 compiled = cfunc(signature, cache=True)(_SOURCES[dtype])
-            except (RuntimeError, OSError):  # no folder for a cache, or a full one
+            except Exception:  # no folder for a cache, a full one, or a damaged file in it
                 compiled = cfunc(signature)(_SOURCES[dtype])
             finally:
                 notice.cancel()

@@ -38,8 +38,8 @@ class ExpertTables:
     """The addresses of the weights of a layer's experts, a table for each GPU that has some.
 
     They are made when a model is placed. `takes` looks whether a module or a weight was replaced or moved since, or
-    has got a hook, and reads all again; not while a forward is compiled, whose guards see new modules and tensors, but
-    not other memory behind the same tensor.
+    has got a hook, and reads all again; not in a compiled forward, whose guards see other modules, as adapters, but no
+    other weight in the same module: after that, call `read`.
 
     Args:
         experts: all experts of a layer, with the names and the meaning of `SkyworkMoeExpert`'s parts.
@@ -65,7 +65,11 @@ class ExpertTables:
         is_few = 0 < len(hidden_states) <= MAX_TOKENS
         if not is_few or torch.is_grad_enabled() or hidden_states.device.type == HOST or is_cast(hidden_states):
             return False
-        if not torch.compiler.is_compiling() and not self._is_as_read():
+        if torch.compiler.is_compiling():
+            linears = [modules.get(name) for modules, name in self._places]
+            if not all(one is other for one, other in zip(linears, self._linears, strict=False)):
+                return False
+        elif not self._is_as_read():
             self.read()
         return self.refusal is None and hidden_states.dtype in self._inputs
 
@@ -90,6 +94,12 @@ class ExpertTables:
         table, form = self.addresses[hidden_states.device], self._forms[hidden_states.device]
         return gpu_kernels.kernels.experts(hidden_states, top_k_index, top_k_weights, table, *form, is_partial)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, whose weights are elsewhere: all is read again before they are used."""
+        unread: dict[str, Any] = {"_places": [], "_linears": [None], "_forms": {}, "_inputs": (), "addresses": {}}
+        refusal = "they were copied, and did not run since"
+        return {**unread, "_container": self._container, "on_cpu": frozenset(), "refusal": refusal}
+
     @torch.no_grad()
     def read(self) -> None:
         """Note where everything is, and refuse what the kernels cannot do. For a form of experts that is new on a
@@ -101,7 +111,7 @@ class ExpertTables:
             (linear._parameters, name)
             for linear in self._linears
             for name in ("weight", "weight_scale")
-            if linear is not None and linear._parameters.get(name) is not None
+            if linear is not None
         ]
         self._pointers = self._pointers_now()
         modules = [module for module in (*self._experts, *self._linears) if module is not None]
@@ -125,8 +135,9 @@ class ExpertTables:
             and self._is_hooked_now() == self._is_hooked
         )
 
-    def _pointers_now(self) -> list[int]:
-        return [parameters[name].data_ptr() for parameters, name in self._parameters]
+    def _pointers_now(self) -> list[int | None]:
+        found = [parameters.get(name) for parameters, name in self._parameters]
+        return [None if parameter is None else parameter.data_ptr() for parameter in found]
 
     def _is_hooked_now(self) -> bool:
         """Whether a module does more than its class says: by hooks of torch, or accelerate's forwards."""
@@ -191,7 +202,10 @@ class ExpertTables:
             return torch.stack([_reference(inputs[:tokens], matrices) for _, matrices in some]).float().mean(dim=0)
 
         if device.type == "cuda":
-            gpu_kernels.kernels.tune(device, lambda is_alone: run(1 if is_alone else len(inputs)))
+            try:
+                gpu_kernels.kernels.tune(device, lambda is_alone: run(1 if is_alone else len(inputs)))
+            except Exception as error:
+                raise Refusal(gpu_kernels.say_reference(device, error)) from error
         for tokens in (1, len(inputs)):
             key = ("experts", *self._forms[device], dtype, width, tokens)
             if reason := gpu_kernels.difference(key, device, partial(run, tokens), partial(reference, tokens)):
@@ -219,6 +233,9 @@ def matrix(name: str, linear: Any) -> Matrix:
         Refusal: the kernels cannot compute with it.
     """
     scale = None
+    is_ours = is_plain(linear) or isinstance(linear, SkyworkQuantizedLinear)
+    if is_ours and linear._parameters.get("weight") is None:
+        raise Refusal(f"{name} has no weight of its own")
     if is_plain(linear) and linear.weight.dtype in KERNEL_INPUTS:
         weight: torch.Tensor = linear.weight
     elif isinstance(linear, SkyworkQuantizedLinear):

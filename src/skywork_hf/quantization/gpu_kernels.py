@@ -33,7 +33,7 @@ def has_triton(device: torch.device) -> bool:
         ones = torch.ones(1, 16, dtype=torch.float16, device=device)
         triton_kernels.linear(ones, ones, None).item()  # it builds, and the driver takes it
     except Exception as error:
-        _say_reference(device, _reason(error))
+        say_reference(device, error)
         return False
     kernels = triton_kernels
     return True
@@ -54,11 +54,14 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _say_reference(device: torch.device, reason: str) -> None:
+def say_reference(device: torch.device, error: Exception | str) -> str:
+    """Warn once that the kernels do not run, and return the reason."""
+    reason = error if isinstance(error, str) else _reason(error)
     logger.warning_once(
         f"The Triton kernels do not run on {device} ({reason}), so the reference path does: a decoded token takes "
         "several times as long with quantised weights."
     )
+    return reason
 
 
 _differences: dict[Any, str | None] = {}
@@ -79,7 +82,7 @@ def difference(
     if (device, key) not in _differences:
         _differences[device, key] = reason = _compared(kernel, reference)
         if reason is not None:
-            _say_reference(device, reason)
+            say_reference(device, reason)
     return _differences[device, key]
 
 

@@ -264,6 +264,7 @@ def runs_elsewhere() -> bool:
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch.is_autocast_enabled("cpu")
+        or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
 

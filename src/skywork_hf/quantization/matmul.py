@@ -123,7 +123,7 @@ def int8_linear(
     Returns:
         [rows, out_features] in the dtype of `inputs`.
     """
-    if torch.compiler.is_compiling() and inputs.device.type == "cpu":
+    if inputs.device.type == "cpu" and _is_recorded(inputs):
         return _compiled_linear(inputs, weight, scale, quantize_activations)
     rows, device = len(inputs), inputs.device.type
     kernel = int8_kernel(device, inputs.dtype, rows, weight.shape, quantize_activations, has_triton)
@@ -307,7 +307,7 @@ def fp8_linear(
         [rows, out_features] in the dtype of `inputs`.
     """
     device = inputs.device
-    if torch.compiler.is_compiling() and device.type == "cpu":
+    if device.type == "cpu" and _is_recorded(inputs):
         return _compiled_linear(inputs, weight, scale, False)
     has_unit, rows = has_fp8_unit(device), len(inputs)
     kernel = fp8_kernel(device.type, has_unit, inputs.dtype, rows, weight.shape, scheme, has_triton)
@@ -350,12 +350,18 @@ def fp8_kernel(
     return "numba" if device_type == "cpu" and has_fast_numba(FP8, dtype, rows) else "dequantize"
 
 
+def _is_recorded(inputs: torch.Tensor) -> bool:
+    """Whether torch's operations are noted, or run on tensors without memory: there the kernels are one of them."""
+    is_plain = type(inputs) in (torch.Tensor, torch.nn.Parameter)
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or not is_plain
+
+
 @torch.library.custom_op("skywork_hf::cpu_linear", mutates_args=())
 def _compiled_linear(
     inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, quantize_activations: bool
 ) -> torch.Tensor:
-    """What torch.compile sees of a quantised linear on a CPU: which kernel may run depends on where tensors begin,
-    which is not known while compiling."""
+    """What torch.compile and torch.jit.trace see of a quantised linear on a CPU: which kernel may run depends on where
+    tensors begin, and what kernels compute without torch would not be seen."""
     if weight.dtype == FP8:
         return fp8_linear(inputs, weight, scale, "none", None)
     return int8_linear(inputs, weight, scale, quantize_activations)
@@ -368,7 +374,9 @@ def _(inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, quantize_
 
 @cache
 def _numba() -> Any:
-    """The CPU kernels, where numba is."""
+    """The CPU kernels, where numba is and works."""
+    if _numba_error:
+        return None
     try:
         from . import cpu_kernels
     except Exception as error:
@@ -384,8 +392,12 @@ def ready_cpu_kernels(dtypes: Iterable[torch.dtype]) -> None:
     """Compile the CPU kernels for weights of these dtypes before they are needed; or say what is lost without them."""
     kernels = _numba()
     if kernels is not None:
-        kernels.compile_for(dtypes)
-        return
+        try:
+            kernels.compile_for(dtypes)
+            return
+        except Exception as failure:  # as of LLVM
+            _numba_error.append(failure)
+            _numba.cache_clear()
     error = _numba_error[0]
     is_missing = isinstance(error, ModuleNotFoundError) and error.name == "numba"
     reason = "is not installed" if is_missing else f"fails ({error})"
@@ -432,12 +444,13 @@ def _blocks(
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Block by block its rows, their values in `compute`, and the float32 factors [rows, 1] or [1, 1] that make them
     real. A block's values are gone, or others, when the next one is asked for."""
-    by_numba = weight.device.type == "cpu" and compute != torch.float16 and _numba() is not None
+    is_seen = torch.compiler.is_compiling()  # of what numba does, nothing would be
+    by_numba = weight.device.type == "cpu" and compute != torch.float16 and not is_seen and _numba() is not None
     buffer = weight.new_empty(0, dtype=compute)
     for rows in row_blocks(weight):
         if by_numba:  # into the same memory: that of a new tensor would be the kernel's, page by page
             block = weight[rows].contiguous()
-            buffer = buffer if len(buffer) else torch.empty(block.shape, dtype=compute)
+            buffer = buffer if len(buffer) else block.new_empty(block.shape, dtype=compute)
             _numba().unpack(block, buffer[: len(block)])
             yield rows, buffer[: len(block)], column(scale, rows)
         elif compute == torch.float16:  # whose sums would overflow without the scale
