@@ -58,7 +58,6 @@ _COLUMNS, _HIDDEN, _FEATURES, _HIDDEN_CHUNK, _CHUNK = 12, 13, 14, 15, 16  # _HID
 _W1, _W3, _W2 = 17, 20, 23  # of each the weight's address, the scales' and the scales' form; a linear is a W2 alone
 _HEADER = 32
 _NO_SCALE, _ONE_SCALE, _FLOAT32_SCALES, _BFLOAT16_SCALES = range(4)
-_TO_HIDDEN, _GATE_HIDDEN, _TO_OUTPUTS = range(3)
 # FP8 inputs are brought near this power of two: products with weights that are 2^120 too small stay normal numbers.
 _FP8_INPUTS, _FP8_BIAS = 60, 120
 
@@ -480,7 +479,7 @@ def _start(
     address = job.ctypes.data
     try:
         if helpers and sum(weight.nbytes for weight, _ in matrices) >= ALONE_BYTES:
-            _work_together(kernel, job, helpers)
+            _work_together(kernel, job, address, helpers)
     finally:
         _finish(kernel, address)
 
@@ -503,21 +502,21 @@ def _scale_field(scale: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
 
 def _finish(kernel: Kernel, address: int) -> None:
     interrupt = None
-    is_done = False
-    while not is_done:
+    while True:
         try:
-            is_done = kernel(address)
-            time.sleep(0)
+            while not kernel(address):
+                time.sleep(0)
+            break
         except BaseException as error:  # Ctrl-C; helpers may still be at work on memory that would be freed
             interrupt = error
     if interrupt is not None:
         raise interrupt
 
 
-def _work_together(kernel: Kernel, job: np.ndarray, helpers: int) -> None:
+def _work_together(kernel: Kernel, job: np.ndarray, address: int, helpers: int) -> None:
     """Have so many more threads look for chunks; one that comes too late finds none. Some chunks may be left."""
     if (openmp := _openmp()) is not None:
-        openmp(kernel, job.ctypes.data, helpers + 1, 0)
+        openmp(kernel, address, helpers + 1, 0)
         return
     try:
         for _ in range(helpers):
