@@ -105,7 +105,7 @@ class Runner:
             for experts, places in zip(blocks, plan.placement.experts, strict=True)
             for expert, place in zip(experts, places, strict=True)
             if place == "disk"
-            for pages in pages_of(expert)
+            for pages in pages_of(expert.parameters())
         ]
 
     def forget(self) -> None:

@@ -24,7 +24,7 @@ def test_all_of_a_large_weight_is_read_ahead(tmp_path):
     weight = torch.from_file(str(file), shared=True, size=NBYTES, dtype=torch.uint8)
     module = nn.Module()
     module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-    pages = pages_of(module)
+    pages = pages_of(module.parameters())
     forget(pages, descriptor)
     os.close(descriptor)
     read_only_when_told(pages)

@@ -90,31 +90,29 @@ def load_placed(
     _check_arguments(device_map, planning, strict_placement)
     if "quantization_config" in kwargs:
         kwargs["quantization_config"] = as_config(kwargs["quantization_config"])
+    plan = None
     if device_map == EXPERTS:
         plan = _plan(cls, name, kwargs, planning)
     elif isinstance(device_map, PlacementPlan):
         plan = device_map
         _check_fits(plan, cls, name, kwargs)
-    else:
-        loaded = load(name, *model_args, device_map=device_map, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        compute_where_the_weights_are(model)
-        use_cpu_kernels(model)
-        use_gpu_kernels(model)
-        return loaded
-    judge(differences(plan), [], strict_placement)
-    for replaced in ("torch_dtype", "max_memory"):
-        kwargs.pop(replaced, None)
-    kwargs |= {"device_map": plan.device_map, "dtype": plan.dtype, "quantization_config": plan.quantization_config}
-    loaded = load(name, *model_args, **kwargs)
+    if plan is not None:
+        judge(differences(plan), [], strict_placement)
+        for replaced in ("torch_dtype", "max_memory"):
+            kwargs.pop(replaced, None)
+        device_map = plan.device_map
+        kwargs |= {"dtype": plan.dtype, "quantization_config": plan.quantization_config}
+    loaded = load(name, *model_args, device_map=device_map, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
-    model.placement_plan = plan
+    if plan is not None:
+        model.placement_plan = plan
     compute_where_the_weights_are(model, plan)
     use_cpu_kernels(model)
     use_gpu_kernels(model)
-    report = placement_report(model)
-    judge(report.problems, report.unquantized, strict_placement)
-    log_loading(report, plan)
+    if plan is not None:
+        report = placement_report(model)
+        judge(report.problems, report.unquantized, strict_placement)
+        log_loading(report, plan)
     return loaded
 
 

@@ -35,7 +35,7 @@ class PlacedExperts(SkyworkTritonExperts):
         nn.ModuleList.__init__(self, experts)
         self.overflow, self._others_are_sharded = experts.overflow, None
         self.training = experts.training
-        self.on_disk = {number: pages_of(experts[number]) for number in on_disk}
+        self.on_disk = {number: pages_of(experts[number].parameters()) for number in on_disk}
         for pages in self.on_disk.values():
             read_only_when_told(pages)
         self.read_tables()

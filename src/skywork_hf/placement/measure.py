@@ -389,7 +389,7 @@ def _disk(folder: Path, say: Say) -> Disk | None:
         file.flush()
         os.fsync(file.fileno())
         mapped = torch.from_file(file.name, shared=False, size=_FILE // 8, dtype=torch.int64)
-        pages = _pages_of(mapped)
+        pages = pages_of([mapped])
         read_only_when_told(pages)
         forget(pages, file.fileno())
         if resident(pages[0]) > 0.5:
@@ -407,15 +407,11 @@ def _piece_seconds(mapped: torch.Tensor, size: int, descriptor: int) -> float:
     that others use is now fast and now slow, in the fastest round."""
     means = []
     for _ in range(_DISK_ROUNDS):
-        forget(_pages_of(mapped), descriptor)
+        forget(pages_of([mapped]), descriptor)
         pieces = mapped.split(size // mapped.itemsize)[:_PIECES_A_ROUND]
         start = time.perf_counter()
         for piece in pieces:
-            will_be_read(_pages_of(piece))
+            will_be_read(pages_of([piece]))
             piece.sum()
         means.append((time.perf_counter() - start) / len(pieces))
     return min(means)
-
-
-def _pages_of(mapped: torch.Tensor) -> list[range]:
-    return pages_of(nn.ParameterList([nn.Parameter(mapped, requires_grad=False)]))

@@ -10,19 +10,19 @@ import os
 import sys
 from collections.abc import Iterable
 
-from torch import nn
+import torch
 
 # Linux begins to read no more for one piece of advice than a device's largest request or its readahead, which may be
 # some hundred KiB; what is beyond would come page by page.
 _PIECE = 2**17
 
 
-def pages_of(module: nn.Module) -> list[range]:
+def pages_of(weights: Iterable[torch.Tensor]) -> list[range]:
     """Of each mapped weight: the addresses of its pieces, from the page where it begins to the byte where it ends."""
-    weights = [parameter for parameter in module.parameters() if parameter.device.type == "cpu"]
     return [
         range(weight.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE, weight.data_ptr() + weight.nbytes, _PIECE)
         for weight in weights
+        if weight.device.type == "cpu"
     ]
 
 

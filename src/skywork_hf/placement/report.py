@@ -84,15 +84,14 @@ def placement_report(model: Any, plan: PlacementPlan | None = None, **removed: A
             "report's `problems`."
         )
     plan = plan or getattr(model, "placement_plan", None)
+    layers = _experts_of(model)
     report = PlacementReport(
         weight_bytes=_weight_bytes(model),
         planned_bytes=None if plan is None else {key: plan.weight_bytes(key) for key in plan.bytes_per_device},
         experts=defaultdict(Counter),
-        stream_from_rows=next(
-            (rows for _, e in _experts_of(model) if (rows := getattr(e, "stream_from_rows", None))), None
-        ),
+        stream_from_rows=next((rows for _, e in layers if (rows := getattr(e, "stream_from_rows", None))), None),
     )
-    for name, experts in _experts_of(model):
+    for name, experts in layers:
         tables = getattr(experts, "tables", None)
         if tables is not None and tables.refusal and len(tables.on_cpu) < len(experts):
             report.one_by_one[tables.refusal] += 1
